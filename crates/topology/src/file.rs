@@ -71,7 +71,7 @@ struct EnvironmentFile<'a> {
     name: Option<&'a str>,
     /// The machines, by name.
     #[schemars(
-        with = "BTreeMap<String, Option<MachineFile<'a>>>",
+        with = "BTreeMap<String, MachineFile<'a>>",
         extend("propertyNames" = {"pattern": NAME_PATTERN}, "minProperties" = 1, "maxProperties" = MAX_MACHINES)
     )]
     machines: InOrder<'a, MachineFile<'a>>,
@@ -86,7 +86,13 @@ struct EnvironmentFile<'a> {
 /// A machine. It boots either an `image` or a `kernel`.
 #[derive(Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-#[schemars(rename = "Machine")]
+#[schemars(
+    rename = "Machine",
+    extend(
+        "oneOf" = [{"required": ["image"]}, {"required": ["kernel"]}],
+        "dependentRequired" = {"initrd": ["kernel"], "cmdline": ["kernel"]}
+    )
+)]
 struct MachineFile<'a> {
     /// What to boot: a built-in image's name, or the path of a qcow2 or raw disk image (anything with a `/` or a `.`).
     /// A disk image is never written.

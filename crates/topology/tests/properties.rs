@@ -1,6 +1,8 @@
-//! What holds for any text and any environment. A failure prints its input and its seed, which `PROPTEST_RNG_SEED` takes.
+//! What holds for any text and any environment. A failure prints its least input, and its seed as the environment
+//! variable that repeats it.
 
 use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
@@ -12,6 +14,7 @@ use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::Index;
+use proptest::test_runner::RngSeed;
 
 struct AllPresent;
 
@@ -56,8 +59,21 @@ fn the_file_that_is_mangled_below_is_right() {
     assert_eq!(read(FULL).map(|environment| environment.machines.len()), Ok(4));
 }
 
+/// Proptest prints no seed by itself: choose it here, unless the caller has.
+fn seeded() -> ProptestConfig {
+    let mut config = ProptestConfig::with_cases(512);
+    config.failure_persistence = None;
+    if let RngSeed::Random = config.rng_seed {
+        config.rng_seed = RngSeed::Fixed(RandomState::new().hash_one("seed"));
+    }
+    if let RngSeed::Fixed(seed) = config.rng_seed {
+        println!("PROPTEST_RNG_SEED={seed}");
+    }
+    config
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(512) })]
+    #![proptest_config(seeded())]
 
     #[test]
     fn any_bytes(bytes in vec(any::<u8>(), 0..300)) {
