@@ -1,1 +1,26 @@
-//! Stub.
+//! One QEMU machine, seen from outside its process.
+//!
+//! This crate knows QEMU's command line, its control protocol (QMP), its migration stream, its disk format and its
+//! guest agent; it knows nothing of environments, networks or snapshots. Callers hand it plain values.
+//!
+//! | module | owns | does input or output |
+//! | --- | --- | --- |
+//! | [`capability`] | what the installed QEMU, the kernel and the processor allow | yes |
+//! | [`command_line`] | the arguments and with them the virtual hardware's layout | no |
+//! | [`process`] | the QEMU process: start, identity, end, scheduling of its threads | yes |
+//! | [`qmp`] | the control protocol: codec (pure) and blocking client | client only |
+//! | [`migration`] | splitting a migration stream into RAM pages and a residual stream | RAM file only |
+//! | [`disk`] | empty overlays and a bounded look at disk images | yes |
+//! | [`guest_agent`] | commands run inside the guest | yes |
+//!
+//! Guests are hostile, and so is everything that carries their bytes: the migration stream, guest agent replies and
+//! disk images. Each parser here bounds its memory and returns an error instead of panicking.
+
+pub mod capability;
+pub mod command_line;
+pub mod disk;
+pub mod guest_agent;
+pub mod migration;
+pub mod process;
+pub mod qmp;
+pub mod socket_path;

@@ -1,0 +1,102 @@
+//! A [`Sink`] that writes a flat, sparse RAM file and passes the residual on.
+//!
+//! Pages are written with `pwrite`, not through a mapping: on a full tmpfs that is an error here, where a mapping
+//! would end the process with SIGBUS. The first time a page is zero costs nothing, since a new file is all holes.
+
+use super::splitter::{PAGE_SIZE_BYTES, Sink};
+use nix::fcntl::{FallocateFlags, fallocate};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+
+/// A RAM file that is being filled from a migration stream.
+#[derive(Debug)]
+pub struct RamFile<W> {
+    file: File,
+    residual: W,
+    /// One bit a page: whether it was ever written, so that a later zero must be punched.
+    written: Vec<u64>,
+}
+
+impl<W: Write> RamFile<W> {
+    /// Takes an empty file, makes it `size_bytes` long, and sends the residual to `residual`.
+    pub fn new(file: File, size_bytes: u64, residual: W) -> io::Result<RamFile<W>> {
+        file.set_len(0)?;
+        file.set_len(size_bytes)?;
+        let pages = size_bytes.div_ceil(PAGE_SIZE_BYTES as u64);
+        let words = usize::try_from(pages.div_ceil(64)).map_err(|_| io::ErrorKind::FileTooLarge)?;
+        Ok(RamFile { file, residual, written: vec![0; words] })
+    }
+
+    /// The file and the residual's writer, which is not flushed.
+    pub fn into_inner(self) -> (File, W) {
+        (self.file, self.residual)
+    }
+
+    /// How many bytes of pages the file holds, holes not counted.
+    pub fn written_bytes(&self) -> u64 {
+        let pages: u64 = self.written.iter().map(|word| u64::from(word.count_ones())).sum();
+        pages * PAGE_SIZE_BYTES as u64
+    }
+
+    fn bit(offset: u64) -> (usize, u64) {
+        let page = offset / PAGE_SIZE_BYTES as u64;
+        ((page / 64) as usize, 1 << (page % 64))
+    }
+}
+
+impl<W: Write> Sink for RamFile<W> {
+    fn page(&mut self, offset: u64, bytes: &[u8; PAGE_SIZE_BYTES]) -> io::Result<()> {
+        let (word, mask) = Self::bit(offset);
+        let word = self.written.get_mut(word).ok_or(io::ErrorKind::InvalidInput)?;
+        self.file.write_all_at(bytes, offset)?;
+        *word |= mask;
+        Ok(())
+    }
+
+    fn zero_page(&mut self, offset: u64) -> io::Result<()> {
+        let (word, mask) = Self::bit(offset);
+        let word = self.written.get_mut(word).ok_or(io::ErrorKind::InvalidInput)?;
+        if *word & mask != 0 {
+            let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            let (at, length) = (offset.cast_signed(), PAGE_SIZE_BYTES as i64);
+            fallocate(&self.file, flags, at, length)?;
+            *word &= !mask;
+        }
+        Ok(())
+    }
+
+    fn residual(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.residual.write_all(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn the_last_version_wins_and_zeros_are_holes() {
+        let file = tempfile::tempfile().expect("file");
+        let mut ram = RamFile::new(file, 1 << 20, Vec::new()).expect("new");
+        ram.page(0x3000, &[5; PAGE_SIZE_BYTES]).expect("page");
+        ram.page(0x4000, &[6; PAGE_SIZE_BYTES]).expect("page");
+        ram.zero_page(0x3000).expect("zero");
+        ram.zero_page(0xff000).expect("zero");
+        ram.residual(b"rest").expect("residual");
+        assert_eq!(ram.written_bytes(), 4096);
+        assert!(ram.page(1 << 20, &[1; PAGE_SIZE_BYTES]).is_err(), "outside the file");
+
+        let (file, residual) = ram.into_inner();
+        assert_eq!(residual, b"rest");
+        let metadata = file.metadata().expect("metadata");
+        assert_eq!(metadata.len(), 1 << 20);
+        assert!(metadata.blocks() * 512 <= 8192, "{} blocks", metadata.blocks());
+        let mut page = [0; PAGE_SIZE_BYTES];
+        file.read_exact_at(&mut page, 0x4000).expect("read");
+        assert_eq!(page, [6; PAGE_SIZE_BYTES]);
+        file.read_exact_at(&mut page, 0x3000).expect("read");
+        assert_eq!(page, [0; PAGE_SIZE_BYTES]);
+    }
+}

@@ -1,0 +1,222 @@
+//! A real QEMU: control protocol, disk pivot, live capture, restore, second capture, death in the middle.
+//!
+//! The machines have no guest image: the firmware runs, finds nothing to boot and waits, which is enough to have
+//! memory, devices and a running processor. Everything lives in a private folder on tmpfs; each machine is killed
+//! when its test ends, whichever way.
+
+mod machine;
+
+use diorama_qemu::capability;
+use diorama_qemu::command_line::{self, DiskFormat, DiskLayer, Incoming, RAM_BLOCK};
+use diorama_qemu::disk;
+use diorama_qemu::migration::{RamFile, Splitter, StreamError};
+use diorama_qemu::qmp::QmpError;
+use machine::{COUNTER_AT, MEMORY_BYTES, Machine, SECOND, Scratch, qemu, soon};
+use serde_json::{Value, json};
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+
+#[test]
+fn this_computer_can_capture_live() {
+    let qemu = qemu();
+    assert!(qemu.machine_types.iter().any(|name| name == command_line::DEFAULT_MACHINE_TYPE));
+    assert!(qemu.accelerators.iter().any(|name| name == "tcg"));
+    let usable = capability::background_snapshot_usable(qemu);
+    assert!(matches!(usable, capability::BackgroundSnapshot::Usable { .. }), "{usable:?}");
+}
+
+#[test]
+fn two_monitors_and_errors_by_class() {
+    let scratch = Scratch::new();
+    let mut machine = Machine::start(&scratch, "m", |_| {});
+    let status = machine.qmp.execute("query-status", Value::Null, SECOND).expect("status");
+    assert_eq!(status["status"], "running");
+    machine.qmp_cut.execute("stop", Value::Null, SECOND).expect("stop on the second monitor");
+    machine.qmp.wait_event(&["STOP"], soon()).expect("both monitors get events");
+    let error = machine.qmp.execute("no-such-command", Value::Null, SECOND).expect_err("unknown");
+    assert!(matches!(&error, QmpError::Command { class, .. } if class == "CommandNotFound"), "{error}");
+    let processors = machine.qmp.execute("query-cpus-fast", Value::Null, SECOND).expect("processors");
+    for processor in processors.as_array().expect("a list") {
+        let thread = u32::try_from(processor["thread-id"].as_u64().expect("a thread")).expect("a thread");
+        let policy = diorama_qemu::process::Policy::Normal { nice: 5 };
+        diorama_qemu::process::set_thread_policy(thread, policy).expect("policy");
+    }
+
+    machine.process.kill(soon()).expect("kill");
+    let error = machine.qmp.execute("query-status", Value::Null, SECOND).expect_err("dead");
+    assert!(matches!(error, QmpError::Disconnected { .. }), "{error}");
+}
+
+#[test]
+fn a_machine_that_cannot_start_says_why() {
+    let scratch = Scratch::new();
+    let error = Machine::try_start(&scratch, "m", |config| config.machine_type = "pc-q35-0.1".into())
+        .expect_err("no such machine type");
+    assert!(error.to_string().contains("unsupported machine type"), "{error}");
+}
+
+#[test]
+fn a_disk_pivots_onto_an_overlay_that_was_prepared() {
+    let scratch = Scratch::new();
+    let base = scratch.path("base");
+    fs::write(&base, vec![0x55; 4 << 20]).expect("base");
+    let layer = |index: usize| DiskLayer {
+        path: scratch.path(&format!("overlay{index}")),
+        format: DiskFormat::Qcow2,
+    };
+    disk::create_overlay(&layer(1).path, 4 << 20, disk::DEFAULT_CLUSTER_BITS).expect("overlay");
+    disk::create_overlay(&layer(2).path, 4 << 20, disk::DEFAULT_CLUSTER_BITS).expect("overlay");
+    let chain = vec![DiskLayer { path: base, format: DiskFormat::Raw }, layer(1)];
+    let mut machine = Machine::start(&scratch, "m", |config| {
+        config.disks = vec![command_line::DiskConfig { name: "root".into(), chain }];
+    });
+
+    let overlay = command_line::blockdev("root", 2, &layer(2), false, None).expect("valid");
+    machine.qmp.execute("blockdev-add", overlay, SECOND).expect("add");
+    let pivot =
+        json!({"actions": [{"type": "blockdev-snapshot", "data": {"node": "root-1", "overlay": "root-2"}}]});
+    machine.qmp_cut.execute("transaction", pivot, SECOND).expect("pivot");
+    let nodes = machine.qmp.execute("query-named-block-nodes", Value::Null, SECOND).expect("nodes");
+    let node =
+        |name: &str| nodes.as_array().expect("a list").iter().find(|node| node["node-name"] == name).cloned();
+    assert_eq!(node("root-2").expect("the overlay")["ro"], false);
+    assert_eq!(node("root-2").expect("the overlay")["backing_file_depth"], 2);
+
+    // What is written now goes to the overlay, and the base shines through.
+    let write = json!({"command-line": "qemu-io -d /machine/peripheral/disk-root/virtio-backend \"write -P 0x66 1M 64k\""});
+    let answer = machine.qmp.execute("human-monitor-command", write, SECOND).expect("write");
+    assert_eq!(answer, "", "qemu-io answers on standard output");
+    let read = json!({"command-line": "qemu-io -d /machine/peripheral/disk-root/virtio-backend \"read -P 0x55 2M 64k\""});
+    let answer = machine.qmp.execute("human-monitor-command", read, SECOND).expect("read");
+    assert_eq!(answer, "");
+    let log = fs::read_to_string(scratch.path("m.log")).expect("the log");
+    assert!(log.contains("wrote 65536/65536") && log.contains("read 65536/65536"), "{log}");
+    assert!(!log.contains("failed"), "{log}");
+    let written = |index: usize| fs::metadata(layer(index).path).expect("metadata").blocks() * 512;
+    assert!(written(2) >= 64 << 10 && written(1) < 64 << 10, "{} {}", written(1), written(2));
+}
+
+#[test]
+fn capture_restore_and_capture_again() {
+    for sandbox in [true, false] {
+        let scratch = Scratch::new();
+        let mut original = Machine::start(&scratch, "original", |config| config.sandbox = sandbox);
+        original.wait_for_firmware();
+        let first = original.capture(&scratch.path("ram1"));
+        assert!(first.summary.pages > 0 && first.summary.zero_pages > 0, "{:?}", first.summary);
+        assert_eq!(
+            first.summary.pages + first.summary.zero_pages,
+            MEMORY_BYTES / 4096,
+            "each page of a live capture comes once"
+        );
+        original.process.kill(soon()).expect("kill");
+
+        for (name, deferred) in [("deferred", true), ("descriptor", false)] {
+            let mut restored =
+                Machine::restore(&scratch, name, &first, deferred, |config| config.sandbox = sandbox);
+            let second = restored.capture(&scratch.path("ram2"));
+            assert_eq!(second.summary.pages + second.summary.zero_pages, MEMORY_BYTES / 4096);
+            restored.process.kill(soon()).expect("kill");
+            let mut again =
+                Machine::restore(&scratch, "again", &second, deferred, |config| config.sandbox = sandbox);
+            again.process.kill(soon()).expect("kill");
+        }
+    }
+}
+
+#[test]
+fn a_restored_machine_has_the_memory_that_was_captured() {
+    let scratch = Scratch::new();
+    let mut original = Machine::start(&scratch, "original", |_| {});
+    original.wait_for_firmware();
+    original.qmp.execute("stop", Value::Null, SECOND).expect("stop");
+    let dumped = original.dump_memory(&scratch.path("dump1"));
+    original.qmp.execute("cont", Value::Null, SECOND).expect("cont");
+    // In between, the program goes on counting, and changes nothing else.
+    let capture = original.capture(&scratch.path("ram"));
+    let ram = fs::read(scratch.path("ram")).expect("the RAM file");
+    let (before, after) = (COUNTER_AT, COUNTER_AT + 4);
+    assert!(ram[1 << 20..before] == dumped[1 << 20..before], "memory below the counter differs");
+    assert!(ram[after..] == dumped[after..], "memory above the counter differs");
+    let count = |memory: &[u8]| u32::from_le_bytes(memory[before..after].try_into().expect("four bytes"));
+    assert!(count(&ram) > count(&dumped), "the machine did not run between");
+    assert_eq!(ram[(16 << 20) + 4..][..4], 2u32.to_le_bytes(), "the program's pattern");
+
+    let mut restored = Machine::restore_paused(&scratch, "restored", &capture, true, |_| {});
+    let restored_memory = restored.dump_memory(&scratch.path("dump2"));
+    // The gap below 1 MiB holds ROM shadows, which are not main memory's pages as the processor sees them.
+    assert!(restored_memory[..0xa0000] == ram[..0xa0000], "low memory differs");
+    assert!(restored_memory[1 << 20..] == ram[1 << 20..], "high memory differs");
+}
+
+#[test]
+fn a_pre_copy_stream_splits_too() {
+    let scratch = Scratch::new();
+    let mut original = Machine::start(&scratch, "original", |_| {});
+    original.wait_for_firmware();
+    let capture = original.capture_with(&scratch.path("ram"), false);
+    assert!(capture.summary.pages + capture.summary.zero_pages >= MEMORY_BYTES / 4096);
+    original.process.kill(soon()).expect("kill");
+    let mut restored = Machine::restore(&scratch, "restored", &capture, true, |_| {});
+    restored.capture(&scratch.path("ram2"));
+}
+
+#[test]
+fn a_machine_killed_during_its_capture_is_a_truncated_stream() {
+    let scratch = Scratch::new();
+    let mut machine = Machine::start(&scratch, "m", |_| {});
+    machine.wait_for_firmware();
+    let mut stream = machine.begin_capture(true);
+    let mut chunk = vec![0; 100_000];
+    let length = stream.read(&mut chunk).expect("the stream begins");
+    let mut splitter = Splitter::new(RAM_BLOCK, MEMORY_BYTES);
+    let file = fs::File::create_new(scratch.path("ram")).expect("create");
+    let mut sink = RamFile::new(file, MEMORY_BYTES, Vec::new()).expect("sink");
+    splitter.feed(&chunk[..length], &mut sink).expect("a valid beginning");
+    machine.process.kill(soon()).expect("kill");
+    loop {
+        match stream.read(&mut chunk) {
+            Ok(0) => break,
+            Ok(length) => splitter.feed(&chunk[..length], &mut sink).expect("valid as far as it goes"),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => break,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    let error = splitter.finish().expect_err("truncated");
+    assert!(matches!(error, StreamError::Truncated { .. }), "{error}");
+}
+
+#[test]
+fn every_beginning_of_a_real_stream_is_handled() {
+    let scratch = Scratch::new();
+    let mut machine = Machine::start(&scratch, "m", |_| {});
+    machine.wait_for_firmware();
+    let mut stream = Vec::new();
+    machine.begin_capture(true).read_to_end(&mut stream).expect("the whole stream");
+    let step = stream.len() / 97;
+    for length in (0..stream.len()).step_by(step).chain(stream.len() - 20..stream.len()) {
+        let mut splitter = Splitter::new(RAM_BLOCK, MEMORY_BYTES);
+        let file = tempfile::tempfile_in(scratch.folder()).expect("file");
+        let mut sink = RamFile::new(file, MEMORY_BYTES, std::io::sink()).expect("sink");
+        splitter.feed(&stream[..length], &mut sink).expect("valid as far as it goes");
+        assert!(
+            matches!(splitter.finish(), Err(StreamError::Truncated { .. })),
+            "{length} of {}",
+            stream.len()
+        );
+    }
+}
+
+#[test]
+fn a_residual_that_was_cut_is_refused_by_qemu() {
+    let scratch = Scratch::new();
+    let mut original = Machine::start(&scratch, "original", |_| {});
+    original.wait_for_firmware();
+    let mut capture = original.capture(&scratch.path("ram"));
+    capture.residual.truncate(capture.residual.len() / 2);
+    let error =
+        Machine::try_restore(&scratch, "restored", &capture, Incoming::Deferred, |_| {}).expect_err("cut");
+    let text = error.to_string();
+    assert!(text.contains("QEMU ended") || text.contains("closed"), "{text}");
+}
