@@ -391,6 +391,14 @@ impl Initiator {
     }
 
     fn answer(&mut self, from: ParticipantId, body: Body, now: Duration, out: &mut Vec<Output>) {
+        if let Body::Failed { reason } = body {
+            // Its part is safe once reported, whatever happened to the participant since.
+            if self.needs(from) {
+                self.abort(AbortReason::Participant { participant: from, reason }, now, out);
+            }
+            return;
+        }
+        let unexpected = Violation::Unexpected { got: body.name(), state: self.state_name() };
         let State::Undecided { round, step } = &mut self.state else { return };
         match (body, &mut *step) {
             (Body::Prepared { floor }, Step::Preparing { .. }) if floor >= round.cut.epoch => {
@@ -427,21 +435,13 @@ impl Initiator {
                 self.write_if_complete(out);
             }
             // It restarted in doubt: ask for its report, to learn whether it still has one.
-            (Body::Query, Step::Collecting { taken, reports }) => {
-                if !reports.contains_key(&from) {
-                    let incoming = expected_by(from, taken);
-                    let message = Message::new(round.cut, Body::Expect { incoming });
-                    out.push(Output::Send { to: from, message });
-                }
-            }
-            (Body::Failed { reason }, _) => {
-                // Its part is safe once reported, whatever happened to the participant since.
-                if self.needs(from) {
-                    self.abort(AbortReason::Participant { participant: from, reason }, now, out);
-                }
+            (Body::Query, Step::Collecting { taken, reports }) if !reports.contains_key(&from) => {
+                let incoming = expected_by(from, taken);
+                let message = Message::new(round.cut, Body::Expect { incoming });
+                out.push(Output::Send { to: from, message });
             }
             (Body::Prepare(_) | Body::Take | Body::Expect { .. } | Body::Commit | Body::Abort { .. }, _) => {
-                out.push(Output::Rejected { from, violation: Violation::Stranger });
+                out.push(Output::Rejected { from, violation: unexpected });
             }
             // Late or repeated.
             _ => {}

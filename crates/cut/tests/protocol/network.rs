@@ -207,9 +207,9 @@ impl World {
             }
             (_, Some(timer)) => {
                 self.now = self.now.max(timer);
-                self.to_initiator(initiator::Input::Tick);
+                self.feed_initiator(initiator::Input::Tick);
                 for host in 0..self.hosts.len() as u32 {
-                    self.to_participant(host, participant::Input::Tick);
+                    self.feed_participant(host, participant::Input::Tick);
                 }
             }
             (Some(_), None) => unreachable!(),
@@ -220,10 +220,10 @@ impl World {
     fn perform(&mut self, event: Event) {
         match event {
             Event::ToInitiator { from, message } => {
-                self.to_initiator(initiator::Input::Message { from: ParticipantId(from), message });
+                self.feed_initiator(initiator::Input::Message { from: ParticipantId(from), message });
             }
             Event::ToParticipant { to, message } => {
-                self.to_participant(to, participant::Input::Message { from: ParticipantId(0), message });
+                self.feed_participant(to, participant::Input::Message { from: ParticipantId(0), message });
             }
             Event::InitiatorWork { life, input } => {
                 if life == self.initiator_life {
@@ -233,7 +233,7 @@ impl World {
                             return self.crash_initiator();
                         }
                     }
-                    self.to_initiator(input);
+                    self.feed_initiator(input);
                 }
             }
             Event::ParticipantWork { host, life, input } => {
@@ -271,7 +271,7 @@ impl World {
         let host = &mut self.hosts[to as usize];
         if colour > host.epoch {
             host.held.push((from, colour));
-            self.to_participant(to, participant::Input::NewerColourSeen { epoch: colour });
+            self.feed_participant(to, participant::Input::NewerColourSeen { epoch: colour });
             return;
         }
         host.delivered += 1;
@@ -288,7 +288,7 @@ impl World {
         let received = count(&self.hosts[host as usize].received, from, cut.epoch);
         let channel = Channel { peer: ParticipantId(from), network: NETWORK };
         let input = participant::Input::OldColourReceived { cut, channel, received, known_lost: 0 };
-        self.to_participant(host, input);
+        self.feed_participant(host, input);
     }
 
     fn raise(&mut self, host: u32, epoch: Epoch) {
@@ -310,11 +310,11 @@ impl World {
             }
         }
         if self.random.percent(self.faults.fail / 4) {
-            self.to_initiator(initiator::Input::Cancel);
+            self.feed_initiator(initiator::Input::Cancel);
         }
         if self.random.percent(self.faults.fail / 4) {
             let host = self.random.below(self.hosts.len() as u64) as u32;
-            self.to_participant(host, participant::Input::Cancel);
+            self.feed_participant(host, participant::Input::Cancel);
         }
     }
 
@@ -340,7 +340,7 @@ impl World {
         self.raise(id, self.hosts[id as usize].epoch);
     }
 
-    fn to_initiator(&mut self, input: initiator::Input) {
+    fn feed_initiator(&mut self, input: initiator::Input) {
         let outputs = self.initiator.handle(input, self.now);
         self.initiator_outputs(outputs);
     }
@@ -367,7 +367,7 @@ impl World {
                 }
                 initiator::Output::LookUpOutcome { from, cut } => {
                     let committed = self.manifests.contains(&cut.snapshot);
-                    self.to_initiator(initiator::Input::OutcomeLookedUp { to: from, cut, committed });
+                    self.feed_initiator(initiator::Input::OutcomeLookedUp { to: from, cut, committed });
                 }
                 initiator::Output::Done { cut, outcome, .. } => {
                     let committed = outcome == Outcome::Committed;
@@ -379,7 +379,7 @@ impl World {
         }
     }
 
-    fn to_participant(&mut self, host: u32, input: participant::Input) {
+    fn feed_participant(&mut self, host: u32, input: participant::Input) {
         let outputs = self.hosts[host as usize].participant.handle(input, self.now);
         let in_doubt = self.hosts[host as usize].participant.in_doubt();
         if in_doubt.is_some() {
@@ -479,7 +479,7 @@ impl World {
         if matches!(input, participant::Input::Finished { .. }) {
             self.hosts[host as usize].in_doubt = None;
         }
-        self.to_participant(host, input);
+        self.feed_participant(host, input);
         if let Some(cut) = follow {
             for peer in 0..self.hosts.len() as u32 {
                 if peer != host {
@@ -547,6 +547,7 @@ fn count(counts: &BTreeMap<(u32, Epoch), u64>, peer: u32, below: Epoch) -> u64 {
 
 /// Some attempts under faults, then one without. Returns how many of the former succeeded.
 fn run(seed: u64, hosts: u32, faults: Faults) -> usize {
+    println!("seed {seed}, {hosts} hosts, {faults:?}");
     let mut world = World::new(seed, hosts, faults);
     for _ in 0..4 {
         world.after(3000, Event::Start);
