@@ -183,8 +183,10 @@ impl ProcessId {
 
     /// Whether this very process still runs.
     pub fn is_alive(self) -> io::Result<bool> {
-        Ok(read_stat(self.pid)?
-            .is_some_and(|stat| stat.start_time_ticks == self.start_time_ticks && !stat.ended))
+        Ok(match self.open()? {
+            Some(pidfd) => !poll_end(&pidfd, 0)?,
+            None => false,
+        })
     }
 
     /// Kills the process. One that is gone already is no error.
