@@ -23,7 +23,7 @@ usage() {
 out=
 traffic=
 cache=$here/../../target/images/cache
-# Uncompressed, because that boots fastest under TCG: see README.md.
+# Uncompressed, because that boots fastest under TCG: see images/README.md.
 compress=none
 while [ $# -gt 0 ]; do
     case $1 in
@@ -39,7 +39,7 @@ done
 case $compress in none | lz4 | zstd) ;; *) fail "--compress $compress: not none, lz4 or zstd" ;; esac
 [ -z "$traffic" ] || [ -x "$traffic" ] || fail "$traffic: no such program"
 
-for tool in apt-get apt-cache dpkg-deb readelf cpio find sort sha256sum touch; do
+for tool in apt-get apt-cache dpkg-deb readelf strip cpio find sort sha256sum touch; do
     command -v "$tool" >/dev/null || fail "$tool is missing (make setup installs what is needed)"
 done
 
@@ -189,7 +189,11 @@ while read -r applet; do
 done < <("$debs/bin/busybox" --list-full)
 
 programs=("$debs/usr/bin/iperf3" "$debs/usr/sbin/qemu-ga")
-[ -z "$traffic" ] || programs+=("$traffic")
+if [ -n "$traffic" ]; then
+    # Ours, so we may: its line tables are most of it.
+    strip -o "$work/traffic" "$traffic"
+    programs+=("$work/traffic")
+fi
 for program in "${programs[@]}"; do
     install -m 755 "$program" "$stage/usr/bin/${program##*/}"
 done

@@ -1,0 +1,103 @@
+# Diorama's gates and conveniences. `make` alone says what there is.
+#
+# Everything is built under target/ (or CARGO_TARGET_DIR). The guest image goes to
+# target/share/diorama/images/micro, where a binary in target/debug or target/release
+# looks for it: ../share/diorama/images from where the binary is, as after `make install`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+IMAGES := $(TARGET)/share/diorama/images
+PREFIX ?= /usr/local
+ARGS ?=
+
+# What Debian provides: QEMU itself, what builds the image, what the tests and the
+# benchmark compare against. The image's own packages are fetched, not installed.
+PACKAGES := qemu-system-x86 qemu-utils cpio zstd xz-utils binutils gcc libc6-dev \
+	ca-certificates iproute2 iperf3 vde2
+
+.PHONY: help setup build build-traffic images demo test lint unit licences bench install clean
+
+help: ## say what there is
+	@echo 'Diorama: make TARGET'
+	@echo
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
+		while IFS='|' read -r name text; do printf '%-13s %s\n' "$$name" "$$text"; done
+	@echo
+	@echo 'Variables: PREFIX (install; /usr/local), DESTDIR (install),'
+	@echo 'ARGS (demo, bench), CARGO_TARGET_DIR (target).'
+
+setup: ## install the Debian packages that are missing (as root or through sudo)
+	@missing=(); \
+	for package in $(PACKAGES); do \
+		[ "$$(dpkg-query -W -f='$${db:Status-Status}' "$$package" 2>/dev/null || true)" = installed ] || \
+			missing+=("$$package"); \
+	done; \
+	have_lists() { compgen -G '/var/lib/apt/lists/*_Packages*' >/dev/null; }; \
+	if [ $${#missing[@]} -gt 0 ] || ! have_lists; then \
+		if [ "$$(id -u)" = 0 ]; then as_root=(); \
+		elif command -v sudo >/dev/null; then as_root=(sudo); \
+		else \
+			echo "make setup: neither root nor sudo. As root, run:" >&2; \
+			echo "  apt-get update && apt-get install --no-install-recommends $${missing[*]}" >&2; \
+			exit 1; \
+		fi; \
+		apt() { "$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120 "$$@"; }; \
+		have_lists || apt update; \
+		if [ $${#missing[@]} -gt 0 ]; then \
+			echo "setup: installing $${missing[*]}"; \
+			apt install -y --no-install-recommends "$${missing[@]}" || \
+				{ apt update && apt install -y --no-install-recommends "$${missing[@]}"; }; \
+		fi; \
+	fi
+	@command -v cargo >/dev/null || { \
+		echo "make setup: there is no cargo. Install Rust 1.89 or later (rustup is the usual way)" >&2; exit 1; }
+
+build: ## build diorama and traffic (release)
+	cargo build --release -p diorama -p diorama-traffic
+
+build-traffic:
+	@cargo build --quiet --release -p diorama-traffic
+
+images: setup build-traffic ## build the guest image `micro`
+	@images/micro/build.sh $(IMAGES) --traffic $(TARGET)/release/traffic --cache $(TARGET)/images/cache
+
+demo: setup build images ## show what Diorama does, with real machines
+	@DIORAMA="$(abspath $(TARGET))/release/diorama" demo/demo.sh $(ARGS)
+
+test: setup images lint unit ## every gate: format, lints, all tests
+
+lint: ## format and lints alone
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+# cargo-nextest runs each test in a process of its own. Where it is neither there nor to
+# be had, cargo's own runner runs the same tests.
+unit: images ## all tests, without the lints
+	cargo build --workspace
+	@if cargo nextest --version >/dev/null 2>&1 || cargo install --quiet --locked cargo-nextest; then \
+		echo 'cargo nextest run --workspace'; cargo nextest run --workspace; \
+	else \
+		echo 'cargo test --workspace --all-targets (no cargo-nextest)'; cargo test --workspace --all-targets; \
+	fi
+	cargo test --workspace --doc
+
+# Apart from `test`: where cargo-deny is missing, building it takes minutes.
+licences: ## check the licences of all dependencies (deny.toml)
+	@cargo deny --version >/dev/null 2>&1 || cargo install --locked cargo-deny
+	cargo deny check licenses bans sources
+
+bench: setup build images ## measure; ARGS go to the benchmark
+	cargo run --release -p diorama-bench -- $(ARGS)
+
+install: build images ## install to PREFIX: the binary and the image
+	install -D -m 755 $(TARGET)/release/diorama $(DESTDIR)$(PREFIX)/bin/diorama
+	install -d $(DESTDIR)$(PREFIX)/share/diorama/images/micro
+	install -m 644 $(IMAGES)/micro/{kernel,initrd,image.json} $(DESTDIR)$(PREFIX)/share/diorama/images/micro/
+
+clean: ## remove everything built
+	cargo clean
+	rm -rf $(TARGET)/share $(TARGET)/images
