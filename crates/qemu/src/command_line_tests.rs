@@ -31,7 +31,7 @@ fn config() -> MachineConfig {
             serial_log: "/log,1".into(),
             guest_agent: Listener::Path("/run/qga".into()),
         },
-        incoming: Some(Incoming::Deferred),
+        incoming: true,
         sandbox: true,
         tb_size_mib: 32,
         vmgenid: Some([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]),
@@ -100,7 +100,7 @@ fn the_whole_command_line() {
 #[test]
 fn a_fresh_machine_runs_at_once_and_has_its_own_memory() {
     let fresh = MachineConfig {
-        incoming: None,
+        incoming: false,
         ram: RamSource::Anonymous,
         sandbox: false,
         vmgenid: None,

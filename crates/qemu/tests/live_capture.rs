@@ -7,7 +7,7 @@
 mod machine;
 
 use diorama_qemu::capability;
-use diorama_qemu::command_line::{self, DiskFormat, DiskLayer, Incoming, RAM_BLOCK};
+use diorama_qemu::command_line::{self, DiskFormat, DiskLayer, RAM_BLOCK};
 use diorama_qemu::disk;
 use diorama_qemu::migration::{RamFile, Splitter, StreamError};
 use diorama_qemu::qmp::QmpError;
@@ -112,16 +112,12 @@ fn capture_restore_and_capture_again() {
         );
         original.process.kill(soon()).expect("kill");
 
-        for (name, deferred) in [("deferred", true), ("descriptor", false)] {
-            let mut restored =
-                Machine::restore(&scratch, name, &first, deferred, |config| config.sandbox = sandbox);
-            let second = restored.capture(&scratch.path("ram2"));
-            assert_eq!(second.summary.pages + second.summary.zero_pages, MEMORY_BYTES / 4096);
-            restored.process.kill(soon()).expect("kill");
-            let mut again =
-                Machine::restore(&scratch, "again", &second, deferred, |config| config.sandbox = sandbox);
-            again.process.kill(soon()).expect("kill");
-        }
+        let mut restored = Machine::restore(&scratch, "restored", &first, |config| config.sandbox = sandbox);
+        let second = restored.capture(&scratch.path("ram2"));
+        assert_eq!(second.summary.pages + second.summary.zero_pages, MEMORY_BYTES / 4096);
+        restored.process.kill(soon()).expect("kill");
+        let mut again = Machine::restore(&scratch, "again", &second, |config| config.sandbox = sandbox);
+        again.process.kill(soon()).expect("kill");
     }
 }
 
@@ -143,7 +139,7 @@ fn a_restored_machine_has_the_memory_that_was_captured() {
     assert!(count(&ram) > count(&dumped), "the machine did not run between");
     assert_eq!(ram[(16 << 20) + 4..][..4], 2u32.to_le_bytes(), "the program's pattern");
 
-    let mut restored = Machine::restore_paused(&scratch, "restored", &capture, true, |_| {});
+    let mut restored = Machine::restore_paused(&scratch, "restored", &capture, |_| {});
     let restored_memory = restored.dump_memory(&scratch.path("dump2"));
     // The gap below 1 MiB holds ROM shadows, which are not main memory's pages as the processor sees them.
     assert!(restored_memory[..0xa0000] == ram[..0xa0000], "low memory differs");
@@ -158,7 +154,7 @@ fn a_pre_copy_stream_splits_too() {
     let capture = original.capture_with(&scratch.path("ram"), false);
     assert!(capture.summary.pages + capture.summary.zero_pages >= MEMORY_BYTES / 4096);
     original.process.kill(soon()).expect("kill");
-    let mut restored = Machine::restore(&scratch, "restored", &capture, true, |_| {});
+    let mut restored = Machine::restore(&scratch, "restored", &capture, |_| {});
     restored.capture(&scratch.path("ram2"));
 }
 
@@ -215,8 +211,7 @@ fn a_residual_that_was_cut_is_refused_by_qemu() {
     original.wait_for_firmware();
     let mut capture = original.capture(&scratch.path("ram"));
     capture.residual.truncate(capture.residual.len() / 2);
-    let error =
-        Machine::try_restore(&scratch, "restored", &capture, Incoming::Deferred, |_| {}).expect_err("cut");
+    let error = Machine::try_restore(&scratch, "restored", &capture, |_| {}).expect_err("cut");
     let text = error.to_string();
     assert!(text.contains("QEMU ended") || text.contains("closed"), "{text}");
 }

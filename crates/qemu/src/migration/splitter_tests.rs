@@ -59,7 +59,7 @@ fn pieces() -> Vec<(bool, Vec<u8>)> {
         (true, join(&[&FLAG_EOS.to_be_bytes(), &footer])),
         (true, b"\x03\0\0\0\x02".to_vec()),
         // A page and its later versions, across sections; the block goes on from the section before.
-        (false, join(&[&(RAM_BYTES - 0x1000 | FLAG_PAGE | FLAG_CONTINUE).to_be_bytes(), &page(3)])),
+        (false, join(&[&((RAM_BYTES - 0x1000) | FLAG_PAGE | FLAG_CONTINUE).to_be_bytes(), &page(3)])),
         (false, join(&[&(FLAG_ZERO | FLAG_CONTINUE).to_be_bytes(), &[0]])),
         (false, join(&[&(0x2000 | FLAG_ZERO | FLAG_CONTINUE).to_be_bytes(), &[9]])),
         (true, join(&[&FLAG_EOS.to_be_bytes(), &footer])),

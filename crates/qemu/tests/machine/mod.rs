@@ -2,8 +2,8 @@
 
 use diorama_qemu::capability::{self, Accelerator, Qemu};
 use diorama_qemu::command_line::{
-    BootSource, DEFAULT_MACHINE_TYPE, Incoming, Listener, MachineConfig, NicConfig, RAM_BLOCK, RamSource,
-    Sockets, arguments,
+    BootSource, DEFAULT_MACHINE_TYPE, Listener, MachineConfig, NicConfig, RAM_BLOCK, RamSource, Sockets,
+    arguments,
 };
 use diorama_qemu::migration::{RamFile, Splitter, Summary};
 use diorama_qemu::process::{self, ProcessError, Spawned};
@@ -97,7 +97,7 @@ impl Machine {
         name: &str,
         change: impl FnOnce(&mut MachineConfig),
     ) -> Result<Machine, StartError> {
-        Machine::spawn(scratch, name, Vec::new(), change)
+        Machine::spawn(scratch, name, change)
     }
 
     /// Restores a machine and lets it run.
@@ -105,10 +105,9 @@ impl Machine {
         scratch: &Scratch,
         name: &str,
         capture: &Capture,
-        deferred: bool,
         change: impl FnOnce(&mut MachineConfig),
     ) -> Machine {
-        let mut machine = Machine::restore_paused(scratch, name, capture, deferred, change);
+        let mut machine = Machine::restore_paused(scratch, name, capture, change);
         if let Err(error) = machine.qmp.execute("cont", Value::Null, SECOND) {
             panic!("{}", machine.explain(error));
         }
@@ -120,19 +119,16 @@ impl Machine {
         scratch: &Scratch,
         name: &str,
         capture: &Capture,
-        deferred: bool,
         change: impl FnOnce(&mut MachineConfig),
     ) -> Machine {
-        let incoming = if deferred { Incoming::Deferred } else { Incoming::Fd(-1) };
-        Machine::try_restore(scratch, name, capture, incoming, change).expect("the machine is restored")
+        Machine::try_restore(scratch, name, capture, change).expect("the machine is restored")
     }
 
-    /// Restores; the number in `Incoming::Fd` is replaced by the stream's.
+    /// Restores and leaves the machine stopped.
     pub fn try_restore(
         scratch: &Scratch,
         name: &str,
         capture: &Capture,
-        incoming: Incoming,
         change: impl FnOnce(&mut MachineConfig),
     ) -> Result<Machine, StartError> {
         let (mut ours, theirs) = UnixStream::pair().expect("pair");
@@ -140,54 +136,28 @@ impl Machine {
         // QEMU may die first; what it did not read is of no use then.
         let feeder = std::thread::spawn(move || drop(ours.write_all(&residual)));
         let ram = RamSource::File { path: capture.ram.clone() };
-        let result = match incoming {
-            Incoming::Deferred => Machine::spawn(scratch, name, Vec::new(), |config| {
-                change(config);
-                config.ram = ram;
-                config.incoming = Some(Incoming::Deferred);
-            })
-            .and_then(|mut machine| {
-                machine.qmp.execute("migrate-set-capabilities", capabilities(&[("events", true)]), SECOND)?;
-                machine.qmp.send_fd(theirs.as_fd(), "stream", SECOND)?;
-                drop(theirs);
-                machine.qmp.execute("migrate-incoming", json!({"uri": "fd:stream"}), SECOND)?;
-                loop {
-                    let event = machine.qmp.wait_event(&["MIGRATION"], soon());
-                    match event.map_err(|error| machine.explain(error))?.data["status"].as_str() {
-                        Some("completed") => return Ok(machine),
-                        // QEMU ends by itself after this.
-                        Some("failed") => return Err(machine.process.explain_end(soon()).into()),
-                        _ => {}
-                    }
+        let result = Machine::spawn(scratch, name, |config| {
+            change(config);
+            config.ram = ram;
+            config.incoming = true;
+        })
+        .and_then(|mut machine| {
+            machine.qmp.execute("migrate-set-capabilities", capabilities(&[("events", true)]), SECOND)?;
+            machine.qmp.send_fd(theirs.as_fd(), "stream", SECOND)?;
+            drop(theirs);
+            machine.qmp.execute("migrate-incoming", json!({"uri": "fd:stream"}), SECOND)?;
+            loop {
+                let event = machine.qmp.wait_event(&["MIGRATION"], soon());
+                match event.map_err(|error| machine.explain(error))?.data["status"].as_str() {
+                    Some("completed") => return Ok(machine),
+                    // QEMU ends by itself after this.
+                    Some("failed") => return Err(machine.process.explain_end(soon()).into()),
+                    _ => {}
                 }
-            }),
-            Incoming::Fd(_) => {
-                let number = theirs.as_raw_fd();
-                Machine::spawn(scratch, name, vec![theirs.into()], |config| {
-                    change(config);
-                    config.ram = ram;
-                    config.incoming = Some(Incoming::Fd(number));
-                })
-                .and_then(|mut machine| {
-                    machine.wait_restored()?;
-                    Ok(machine)
-                })
             }
-        };
+        });
         feeder.join().expect("feeder");
         result
-    }
-
-    /// Until the stream is loaded. With `-incoming fd:` QEMU may have been done before QMP answered, so that events
-    /// cannot be relied on: the status is asked for until it changes.
-    fn wait_restored(&mut self) -> Result<(), StartError> {
-        loop {
-            let status = self.qmp.execute("query-status", Value::Null, SECOND);
-            if status.map_err(|error| self.explain(error))?["status"] != "inmigrate" {
-                return Ok(());
-            }
-            std::thread::yield_now();
-        }
     }
 
     /// The reason behind a closed connection.
@@ -201,10 +171,10 @@ impl Machine {
     fn spawn(
         scratch: &Scratch,
         name: &str,
-        mut fds: Vec<OwnedFd>,
         change: impl FnOnce(&mut MachineConfig),
     ) -> Result<Machine, StartError> {
         let qemu = qemu();
+        let mut fds: Vec<OwnedFd> = Vec::new();
         let mut listen = |kind: &str| {
             let path = scratch.path(&format!("{name}-{kind}"));
             drop(fs::remove_file(&path));
@@ -237,7 +207,7 @@ impl Machine {
                 serial_log: scratch.path(&format!("{name}.serial")),
                 guest_agent,
             },
-            incoming: None,
+            incoming: false,
             sandbox: true,
             tb_size_mib: 32,
             vmgenid: Some([7; 16]),
