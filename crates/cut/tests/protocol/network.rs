@@ -111,7 +111,8 @@ struct World {
     cut_epochs: BTreeMap<SnapshotId, Epoch>,
     attempts: u8,
     reported: BTreeSet<SnapshotId>,
-    crashes: u32,
+    /// The colours of the frames that the network lost.
+    lost: Vec<Epoch>,
 }
 
 impl World {
@@ -156,7 +157,7 @@ impl World {
             cut_epochs: BTreeMap::new(),
             attempts: 0,
             reported: BTreeSet::new(),
-            crashes: 0,
+            lost: Vec::new(),
         }
     }
 
@@ -184,7 +185,8 @@ impl World {
         let everybody: Vec<_> = (0..self.hosts.len() as u32).map(ParticipantId).collect();
         let config = Config {
             deadline: Duration::from_secs(3),
-            in_flight_deadline: Duration::from_millis(50),
+            // Above the longest delay of a frame, so that only lost ones are missing.
+            in_flight_deadline: Duration::from_millis(70),
             retry: Duration::from_millis(40),
             settle_deadline: Duration::from_millis(600),
             ..Config::default()
@@ -259,7 +261,9 @@ impl World {
                 let colour = host.epoch;
                 *host.sent.entry((to, colour)).or_default() += 1;
                 // Frames may be lost, but UDP's repetitions are the tunnel's to remove.
-                if !self.random.percent(self.faults.lose) {
+                if self.random.percent(self.faults.lose) {
+                    self.lost.push(colour);
+                } else {
                     self.after(60, Event::Frame { from, to, colour });
                 }
             }
@@ -319,14 +323,12 @@ impl World {
     }
 
     fn crash_initiator(&mut self) {
-        self.crashes += 1;
         self.initiator_life += 1;
         // A new process knows its own host's ports only, and no write of the old one is still under way.
         self.initiator = Initiator::new(self.hosts[0].epoch);
     }
 
     fn crash_participant(&mut self, id: u32) {
-        self.crashes += 1;
         let now = self.now;
         let host = &mut self.hosts[id as usize];
         host.life += 1;
@@ -354,6 +356,7 @@ impl World {
                 initiator::Output::WriteManifest { snapshot } => {
                     let sum = snapshot.networks()[&NETWORK];
                     assert_eq!(sum.unaccounted(), 0, "{sum:?}");
+                    assert_eq!(sum.dropped.wire_loss, self.frames_lost_before(snapshot.cut.epoch));
                     let cut = snapshot.cut;
                     let before = self.cut_epochs.insert(cut.snapshot, cut.epoch);
                     assert_eq!(before, None, "a manifest is written once");
@@ -493,6 +496,10 @@ impl World {
             };
             self.work(host, 200, input);
         }
+    }
+
+    fn frames_lost_before(&self, cut: Epoch) -> u64 {
+        self.lost.iter().filter(|&&colour| colour < cut).count() as u64
     }
 
     fn at_rest(&self) -> bool {
