@@ -2,7 +2,7 @@
 # Builds the built-in guest image `micro`: Debian's cloud kernel and an initrd with
 # busybox, iperf3, the QEMU guest agent and diorama's traffic generator.
 #
-#   images/micro/build.sh OUT [--traffic PROGRAM] [--cache FOLDER] [--compress none|lz4|zstd]
+#   images/micro/build.sh OUT [--traffic PROGRAM] [--cache FOLDER]
 #
 # writes OUT/micro/{kernel,initrd,image.json}. It needs no root: packages are fetched
 # with apt-get and unpacked in a folder, never installed. The same packages, sources and
@@ -23,20 +23,16 @@ usage() {
 out=
 traffic=
 cache=$here/../../target/images/cache
-# Uncompressed, because that boots fastest under TCG: see images/README.md.
-compress=none
 while [ $# -gt 0 ]; do
     case $1 in
     --traffic) traffic=${2:?--traffic needs a program}; shift 2 ;;
     --cache) cache=${2:?--cache needs a folder}; shift 2 ;;
-    --compress) compress=${2:?--compress needs a method}; shift 2 ;;
     -h | --help) usage; exit 0 ;;
     -*) fail "unknown option $1 (--help tells more)" ;;
     *) [ -z "$out" ] || fail "one output folder only, got also $1"; out=$1; shift ;;
     esac
 done
 [ -n "$out" ] || fail "no output folder given (--help tells more)"
-case $compress in none | lz4 | zstd) ;; *) fail "--compress $compress: not none, lz4 or zstd" ;; esac
 [ -z "$traffic" ] || [ -x "$traffic" ] || fail "$traffic: no such program"
 
 for tool in apt-get apt-cache dpkg-deb readelf strip cpio find sort sha256sum touch; do
@@ -97,7 +93,6 @@ sources_digest() {
         cd "$here"
         find build.sh root -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
         [ -z "$traffic" ] || sha256sum <"$traffic"
-        printf '%s\n' "$compress"
     ) | sha256sum | cut -d' ' -f1
 }
 
@@ -290,17 +285,12 @@ chmod -R u=rwX,go=rX "$stage"
 chmod 755 "$stage"
 
 mkdir -p "$out"
+# Not compressed: under TCG, unpacking costs more than reading.
 (
     cd "$stage"
     find . -mindepth 1 -print0 | LC_ALL=C sort -z |
         cpio --null --create --format=newc --reproducible --owner=0:0 --quiet
-) >"$work/initrd.cpio"
-case $compress in
-none) mv "$work/initrd.cpio" "$work/initrd" ;;
-# The kernel reads only lz4's legacy frame.
-lz4) lz4 -q -l -12 -c "$work/initrd.cpio" >"$work/initrd" ;;
-zstd) zstd -q -19 -c "$work/initrd.cpio" >"$work/initrd" ;;
-esac
+) >"$work/initrd"
 
 rm -f "$stamp"
 install -m 644 "$debs/boot/vmlinuz-$release" "$out/kernel"
