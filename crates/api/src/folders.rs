@@ -75,6 +75,11 @@ impl Folders {
         self.home.join("agent.lock")
     }
 
+    /// Held by a client while it starts an agent, so that two commands do not start two.
+    pub fn agent_start_lock(&self) -> PathBuf {
+        self.home.join("agent-start.lock")
+    }
+
     /// Environments' durable state and disks.
     pub fn environments(&self) -> PathBuf {
         self.home.join("environments")
