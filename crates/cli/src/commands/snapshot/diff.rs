@@ -1,0 +1,72 @@
+//! `diorama snapshot diff`.
+
+use clap::Args;
+use diorama_api::DiffReport;
+
+use crate::arguments::not_empty;
+use crate::completion;
+use crate::environment_choice::scope;
+use crate::failure::Failure;
+use crate::output::{Output, printable};
+use crate::quantity::bytes;
+use crate::session::Session;
+
+/// Bytes in a page of memory.
+const PAGE_BYTES: u64 = 4096;
+
+/// Compare two snapshots: how much of each machine's memory and disks differs
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  diorama snapshot diff before after
+  diorama snapshot diff before after --json | jq '.machines[] | {name, pages_changed}'")]
+pub struct Arguments {
+    /// The first: its name, its id, or a unique beginning of its id
+    #[arg(value_parser = not_empty, add = completion::snapshots())]
+    from: String,
+
+    /// The second
+    #[arg(value_parser = not_empty, add = completion::snapshots())]
+    to: String,
+}
+
+/// Compares.
+///
+/// # Errors
+/// When one does not exist or cannot be read.
+pub async fn run(arguments: Arguments, session: &Session<'_>) -> Result<u8, Failure> {
+    let scope = scope(session);
+    let report = session
+        .client()
+        .diff_snapshots(&arguments.from, &arguments.to, scope.as_ref().map(AsRef::as_ref))
+        .await?;
+    session.output().result(&report, || text(&report, session.output()))?;
+    Ok(0)
+}
+
+fn text(report: &DiffReport, output: &Output) -> String {
+    let mut text = String::new();
+    if !report.machines.is_empty() {
+        let mut table = output.table();
+        table.set_header(["MACHINE", "MEMORY CHANGED", "OF", "DISK ADDED"]);
+        for machine in &report.machines {
+            table.add_row([
+                printable(&machine.name).into_owned(),
+                bytes(machine.pages_changed.saturating_mul(PAGE_BYTES)),
+                bytes(machine.pages.saturating_mul(PAGE_BYTES)),
+                bytes(machine.disk_bytes_added),
+            ]);
+        }
+        text.push_str(&format!("{}\n", table.trim_fmt()));
+    }
+    for (names, which) in [(&report.only_from, "first"), (&report.only_to, "second")] {
+        if !names.is_empty() {
+            text.push_str(&format!("only in the {which}: {}\n", printable(&names.join(", "))));
+        }
+    }
+    text.push_str(&format!(
+        "frames in flight: {} in the first, {} in the second\n",
+        report.in_flight_from, report.in_flight_to
+    ));
+    text
+}
