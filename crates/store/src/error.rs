@@ -1,0 +1,268 @@
+//! What can go wrong, with the values in it.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::frames::FramesError;
+use crate::id::SnapshotId;
+use crate::manifest::{ManifestProblem, NameProblem};
+
+/// Why the store could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// The operating system refused.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was tried, as a verb.
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The file system, or a quota, is full. What had been written of this file is removed.
+    #[error("no space left for {}{}", path.display(), needed(*needed_bytes))]
+    NoSpace {
+        /// The file that did not fit.
+        path: PathBuf,
+        /// How many bytes the whole file may take, where that is known.
+        needed_bytes: Option<u64>,
+    },
+    /// A folder that holds something else.
+    #[error("{} is not empty and holds no snapshot store", path.display())]
+    NotAStore {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A store that another version of Diorama wrote.
+    #[error("{} holds a store of format {found:?}; this program knows {expected:?}", path.display())]
+    UnsupportedStore {
+        /// The store's folder.
+        path: PathBuf,
+        /// What its `format` file says.
+        found: String,
+        /// What this program writes.
+        expected: &'static str,
+    },
+    /// A snapshot that another version of Diorama wrote.
+    #[error("snapshot {} has format {found:?}; this program knows {expected:?}", id.short())]
+    UnsupportedSnapshot {
+        /// The snapshot.
+        id: SnapshotId,
+        /// What its manifest says.
+        found: String,
+        /// What this program writes.
+        expected: &'static str,
+    },
+    /// No snapshot has this id.
+    #[error("there is no snapshot {id}")]
+    Missing {
+        /// The id asked for.
+        id: SnapshotId,
+    },
+    /// No snapshot answers to these words.
+    #[error("no snapshot is called {query:?}")]
+    NotFound {
+        /// What was asked for.
+        query: String,
+        /// `environment/name` of those with similar names, nearest first.
+        near: Vec<String>,
+    },
+    /// Several snapshots answer to these words.
+    #[error("{query:?} could be any of {} snapshots", matches.len())]
+    Ambiguous {
+        /// What was asked for.
+        query: String,
+        /// `environment/name` (empty for a damaged one) and id of each.
+        matches: Vec<(String, SnapshotId)>,
+    },
+    /// The environment has a snapshot of this name.
+    #[error("environment {environment} already has a snapshot called {name}: {}", id.short())]
+    NameInUse {
+        /// The environment.
+        environment: String,
+        /// The name.
+        name: String,
+        /// Who has it.
+        id: SnapshotId,
+    },
+    /// A name that a snapshot, or a file's owner, cannot have.
+    #[error("{name:?} cannot be a name here: {problem}")]
+    BadName {
+        /// The name.
+        name: String,
+        /// What is wrong with it.
+        problem: NameProblem,
+    },
+    /// The snapshot with exactly this manifest is already stored.
+    #[error("snapshot {} is already stored", id.short())]
+    AlreadyStored {
+        /// Its id.
+        id: SnapshotId,
+    },
+    /// Stored data is not what was written.
+    #[error("{} is damaged: {damage}", file.display())]
+    Corrupt {
+        /// The damaged file.
+        file: PathBuf,
+        /// How it is damaged.
+        damage: Damage,
+    },
+    /// The manifest offered for commit contradicts itself or the layout.
+    #[error("the manifest cannot be committed: {0}")]
+    BadManifest(#[from] ManifestProblem),
+    /// The manifest names a file that was not written, or written with other contents.
+    #[error("the manifest names {file}, which was not written like that")]
+    NotWritten {
+        /// Relative to the snapshot's folder.
+        file: String,
+    },
+    /// A file was written that the manifest does not name.
+    #[error("{file} was written, but the manifest does not name it")]
+    NotInManifest {
+        /// Relative to the snapshot's folder.
+        file: String,
+    },
+    /// The same part of a snapshot was written twice.
+    #[error("{file} was already written")]
+    WrittenTwice {
+        /// Relative to the snapshot's folder.
+        file: String,
+    },
+    /// The memory file has not the size that the machine has.
+    #[error("the memory file of {machine} has {actual_bytes} bytes instead of {expected_bytes}")]
+    RamLength {
+        /// The machine.
+        machine: String,
+        /// What the machine has.
+        expected_bytes: u64,
+        /// What the file has.
+        actual_bytes: u64,
+    },
+    /// A file changed while it was read into the store, although it has to be immutable by then.
+    #[error("{} changed while it was stored", path.display())]
+    SourceChanged {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Not a regular file, so it cannot be stored.
+    #[error("{} is not a regular file", path.display())]
+    NotAFile {
+        /// The file.
+        path: PathBuf,
+    },
+    /// More than the format has room for.
+    #[error("{what} of {bytes} bytes is over the limit of {limit_bytes}")]
+    TooLarge {
+        /// What it is.
+        what: &'static str,
+        /// Its size.
+        bytes: u64,
+        /// What is allowed.
+        limit_bytes: u64,
+    },
+    /// Frames that cannot be stored.
+    #[error("these frames cannot be stored")]
+    Frames(#[from] FramesError),
+    /// The snapshot has no machine of this name.
+    #[error("snapshot {} has no machine {machine:?}", id.short())]
+    NoSuchMachine {
+        /// The snapshot.
+        id: SnapshotId,
+        /// The name asked for.
+        machine: String,
+    },
+}
+
+/// How a stored file differs from what was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Damage {
+    /// It is not there.
+    Missing,
+    /// It is a link, folder, pipe or device.
+    NotAFile,
+    /// It was cut off, or something was appended.
+    Length {
+        /// What was written, in bytes.
+        expected_bytes: u64,
+        /// What is there, in bytes.
+        actual_bytes: u64,
+    },
+    /// The contents have another hash.
+    Contents {
+        /// Where the first block with another hash starts; `None` where the format only has one hash for the whole file.
+        offset: Option<u64>,
+    },
+    /// The device underneath could not read it.
+    Unreadable {
+        /// The first offset that could not be read, where known.
+        offset: Option<u64>,
+        /// What the system said.
+        kind: io::ErrorKind,
+    },
+    /// Its hash is right, and yet it is not a list of frames.
+    Frames(FramesError),
+    /// Its hash is right, and yet it is no manifest.
+    NotAManifest {
+        /// Where parsing stopped: line and column, from 1.
+        line: usize,
+        /// See `line`.
+        column: usize,
+    },
+    /// Its hash is right, and yet it contradicts itself or the layout.
+    Manifest(ManifestProblem),
+}
+
+impl fmt::Display for Damage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing => write!(f, "it is missing"),
+            Self::NotAFile => write!(f, "it is not a regular file"),
+            Self::Length { expected_bytes, actual_bytes } => {
+                write!(f, "it has {actual_bytes} bytes instead of {expected_bytes}")
+            }
+            Self::Contents { offset: Some(at) } => {
+                write!(f, "the block at offset {at} has changed")
+            }
+            Self::Contents { offset: None } => write!(f, "its contents have changed"),
+            Self::Unreadable { offset: Some(at), kind } => {
+                write!(f, "it cannot be read at offset {at}: {kind}")
+            }
+            Self::Unreadable { offset: None, kind } => write!(f, "it cannot be read: {kind}"),
+            Self::Frames(error) => write!(f, "{error}"),
+            Self::NotAManifest { line, column } => {
+                write!(f, "no manifest, from line {line}, column {column}")
+            }
+            Self::Manifest(problem) => write!(f, "{problem}"),
+        }
+    }
+}
+
+impl StoreError {
+    /// The error for a failed system call on `path`; a full file system becomes [`StoreError::NoSpace`].
+    pub(crate) fn io(action: &'static str, path: &Path, source: io::Error) -> Self {
+        match source.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT) => Self::NoSpace { path: path.to_owned(), needed_bytes: None },
+            _ => Self::Io { action, path: path.to_owned(), source },
+        }
+    }
+
+    /// Adds how much would have been needed, where this is a lack of space.
+    pub(crate) fn needing(self, bytes: u64) -> Self {
+        match self {
+            Self::NoSpace { path, .. } => Self::NoSpace { path, needed_bytes: Some(bytes) },
+            other => other,
+        }
+    }
+
+    pub(crate) fn corrupt(file: &Path, damage: Damage) -> Self {
+        Self::Corrupt { file: file.to_owned(), damage }
+    }
+}
+
+fn needed(bytes: Option<u64>) -> String {
+    bytes.map_or_else(String::new, |bytes| format!(" (up to {bytes} bytes)"))
+}

@@ -1,0 +1,117 @@
+//! A full file system, for real: a tmpfs of a few MiB.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use diorama_store::*;
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::sample::*;
+
+struct Mounted(tempfile::TempDir);
+
+impl Mounted {
+    /// `None`, with the reason printed, where mounting is not permitted.
+    fn new(options: &str) -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        match mount(Some("tmpfs"), folder.path(), Some("tmpfs"), MsFlags::empty(), Some(options)) {
+            Ok(()) => Some(Self(folder)),
+            Err(Errno::EPERM | Errno::EACCES) => {
+                eprintln!("skipped: mounting a tmpfs is not permitted here");
+                None
+            }
+            Err(error) => panic!("cannot mount a tmpfs: {error}"),
+        }
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        umount2(self.path(), MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+fn full_ram(bytes: u64) -> File {
+    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    file.write_all_at(&vec![0xa5; bytes as usize], 0).unwrap();
+    file
+}
+
+#[test]
+fn no_space_is_said_and_the_partial_snapshot_removed() {
+    let Some(mounted) = Mounted::new("size=4m") else {
+        return;
+    };
+    let store = Store::open(&mounted.path().join("store")).unwrap();
+    let free = store.free_bytes().unwrap();
+    let writer = store.begin().unwrap();
+    writer.put_ram("small", &full_ram(MIB), MIB, &mut none).unwrap();
+    let refused = writer.put_ram("large", &full_ram(8 * MIB), 8 * MIB, &mut none);
+    assert!(
+        matches!(&refused, Err(StoreError::NoSpace { path, needed_bytes: Some(bytes) })
+            if path.ends_with("ram/large") && *bytes == 8 * MIB),
+        "{refused:?}"
+    );
+    // The part that did not fit is gone at once, so that the other machines' parts may still fit.
+    assert!(store.free_bytes().unwrap() > free - 2 * MIB);
+    let refused = writer.put_bytes(Piece::DeviceState, "large", &vec![1; 8 << 20]);
+    assert!(matches!(refused, Err(StoreError::NoSpace { .. })), "{refused:?}");
+    let outside = tempfile::NamedTempFile::new().unwrap();
+    outside.as_file().write_all_at(&vec![3; 8 << 20], 0).unwrap();
+    let refused = writer.put_blob(outside.path());
+    assert!(matches!(refused, Err(StoreError::NoSpace { .. })), "{refused:?}");
+    let refused = writer.link_file("large", "root", 0, LayerFormat::Raw, outside.path());
+    assert!(matches!(refused, Err(StoreError::NoSpace { .. })), "{refused:?}");
+    writer.put_bytes(Piece::DeviceState, "large", b"fits").unwrap();
+    drop(writer);
+    assert_eq!(store.free_bytes().unwrap(), free);
+    assert_eq!(store.list().unwrap().len(), 0);
+}
+
+/// Not even the manifest fits.
+#[test]
+fn no_space_for_the_manifest_means_no_snapshot() {
+    let Some(mounted) = Mounted::new("size=16m") else {
+        return;
+    };
+    let mut sample = Sample::new();
+    sample.store = Store::open(&mounted.path().join("store")).unwrap();
+    let writer = sample.store.begin().unwrap();
+    let manifest = sample.put_all(&writer, "first", 1).unwrap();
+    let filler = File::create(mounted.path().join("filler")).unwrap();
+    let mut offset = 0;
+    while filler.write_all_at(&[1; 4096], offset).is_ok() {
+        offset += 4096;
+    }
+    let refused = writer.commit(manifest);
+    assert!(matches!(refused, Err(StoreError::NoSpace { .. })), "{refused:?}");
+    assert_eq!(sample.store.list().unwrap().len(), 0);
+    assert_eq!(sample.names_in("incoming"), [""; 0]);
+    // And with space again, all works: copied in from another file system, layers and blob too.
+    drop(filler);
+    fs::remove_file(mounted.path().join("filler")).unwrap();
+    let id = sample.commit("first", 1);
+    assert!(sample.store.verify(&id, &mut none).unwrap().is_sound());
+}
+
+#[test]
+fn no_space_for_restored_memory() {
+    let Some(mounted) = Mounted::new("size=8k") else {
+        return;
+    };
+    let sample = Sample::new();
+    let id = sample.commit("first", 1);
+    let stored = sample.store.load(&id).unwrap();
+    let path = mounted.path().join("ram");
+    let refused = sample.store.copy_ram(&stored, "client", &File::create_new(&path).unwrap(), &mut none);
+    assert!(
+        matches!(&refused, Err(StoreError::NoSpace { path: named, .. }) if *named == path),
+        "{refused:?}"
+    );
+}

@@ -1,0 +1,183 @@
+//! Two machines on one network, with memory, disks, a kernel and two frames in flight.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use diorama_store::*;
+use diorama_topology as topology;
+
+pub const MIB: u64 = 1 << 20;
+/// Not a whole number of blocks.
+pub const RAM_BYTES: u64 = 3 * MIB + 64 * 1024;
+/// Where memory is not zero: a page in the first block, one across two, and the last page. The second block is a
+/// hole but for one page of zeros that is written.
+pub const USED: [(u64, u64); 3] = [(8192, 4096), (3 * MIB - 4096, 8192), (RAM_BYTES - 4096, 4096)];
+
+pub struct Sample {
+    pub folder: tempfile::TempDir,
+    pub store: Store,
+}
+
+pub fn none(_: u64, _: u64) {}
+
+impl Sample {
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store")).unwrap();
+        fs::write(folder.path().join("kernel"), vec![9; 10_000]).unwrap();
+        for machine in ["client", "server"] {
+            fs::write(layer(folder.path(), machine, 0), machine.repeat(50_000)).unwrap();
+        }
+        Self { folder, store }
+    }
+
+    pub fn commit(&self, name: &str, seed: u8) -> SnapshotId {
+        let writer = self.store.begin().unwrap();
+        let manifest = self.put_all(&writer, name, seed).unwrap();
+        writer.commit(manifest).unwrap()
+    }
+
+    /// Puts everything, each machine from a thread of its own.
+    pub fn put_all(&self, writer: &Writer, name: &str, seed: u8) -> Result<Manifest, StoreError> {
+        let machines = std::thread::scope(|scope| {
+            let threads = ["client", "server"]
+                .map(|machine| scope.spawn(move || put_machine(self.folder.path(), writer, machine, seed)));
+            threads.map(|thread| thread.join().unwrap()).into_iter().collect::<Result<Vec<_>, _>>()
+        })?;
+        let frames = writer.put_frames(&frames(seed))?;
+        Ok(manifest(name, machines, frames, writer.bytes()))
+    }
+
+    pub fn file(&self, id: &SnapshotId, file: &str) -> PathBuf {
+        self.store.load(id).unwrap().folder.join(file)
+    }
+
+    pub fn names_in(&self, folder: &str) -> Vec<String> {
+        let mut names: Vec<String> = fs::read_dir(self.store.root().join(folder))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+}
+
+pub fn layer(folder: &Path, machine: &str, index: usize) -> PathBuf {
+    folder.join(format!("{machine}-{index}.qcow2"))
+}
+
+pub fn ram(seed: u8) -> File {
+    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    file.set_len(RAM_BYTES).unwrap();
+    for (offset, bytes) in USED {
+        file.write_all_at(&vec![seed; bytes as usize], offset).unwrap();
+    }
+    file.write_all_at(&[0; 4096], MIB + 4096).unwrap();
+    file
+}
+
+pub fn contents(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+pub fn frames(seed: u8) -> Vec<StoredFrame> {
+    ["client", "server"]
+        .map(|machine| StoredFrame {
+            network: "lan".into(),
+            machine: machine.into(),
+            nic: 0,
+            colour: 3,
+            after_cut_ns: 1_000,
+            bytes: vec![seed; 60],
+        })
+        .into()
+}
+
+fn put_machine(folder: &Path, writer: &Writer, name: &str, seed: u8) -> Result<MachineRecord, StoreError> {
+    Ok(MachineRecord {
+        name: name.into(),
+        host: "here".into(),
+        state: MachineState::Running,
+        pause_us: 2_100,
+        stall_us: 2_900,
+        drain_incomplete: false,
+        hardware: Hardware {
+            qemu_version: "7.2.22".into(),
+            machine_type: "pc-q35-7.2".into(),
+            cpu_model: "qemu64".into(),
+            accelerator: "tcg".into(),
+            vcpus: 2,
+            memory_bytes: RAM_BYTES,
+            tb_size_mib: Some(32),
+        },
+        ram: writer.put_ram(name, &ram(seed), RAM_BYTES, &mut none)?,
+        device_state: writer.put_bytes(Piece::DeviceState, name, &[seed; 5_000])?,
+        disks: vec![DiskRecord {
+            name: "root".into(),
+            layers: vec![writer.link_file(name, "root", 0, LayerFormat::Qcow2, &layer(folder, name, 0))?],
+            base: None,
+            virtual_bytes: 64 * MIB,
+        }],
+        kernel: Some(writer.put_blob(&folder.join("kernel"))?),
+        initrd: None,
+        cmdline: Some("console=ttyS0".into()),
+    })
+}
+
+fn manifest(name: &str, machines: Vec<MachineRecord>, frames: FileRecord, bytes: Bytes) -> Manifest {
+    Manifest {
+        format: FORMAT.into(),
+        name: name.into(),
+        message: "a message".into(),
+        environment: "pair".into(),
+        parent: None,
+        created: "2026-01-02T03:04:05Z".into(),
+        capture: Capture::Live,
+        in_flight_policy: InFlightPolicy::Record,
+        specification: environment(),
+        cut: CutRecord { epoch: 4, skew_us: 310, hosts: 1 },
+        networks: vec![NetworkRecord {
+            name: "lan".into(),
+            accounting: Accounting {
+                sent_before: 10,
+                delivered_before: 7,
+                in_flight: 2,
+                dropped: Dropped { queue_full: 1, ..Dropped::default() },
+                unaccounted: 0,
+            },
+            learned: vec![LearnedRecord {
+                mac: "52:54:00:00:00:01".into(),
+                machine: "client".into(),
+                nic: 0,
+            }],
+        }],
+        machines,
+        frames,
+        bytes,
+    }
+}
+
+fn environment() -> topology::Environment {
+    let machine = |name: &str, mac: &str| topology::Machine {
+        name: name.parse().unwrap(),
+        boot: topology::Boot::BuiltIn { image: "micro".into() },
+        cpus: 2,
+        memory_bytes: 256 * MIB,
+        cpu_model: None,
+        accelerator: topology::Accelerator::Auto,
+        nics: vec![topology::Nic {
+            network: "lan".parse().unwrap(),
+            mac: mac.parse().unwrap(),
+            address: None,
+        }],
+        disks: vec![],
+    };
+    topology::Environment {
+        name: "pair".parse().unwrap(),
+        machines: vec![machine("client", "52:54:00:00:00:01"), machine("server", "52:54:00:00:00:02")],
+        networks: vec![topology::Network { name: "lan".parse().unwrap(), mtu: 1500, queue_bytes: MIB }],
+    }
+}
