@@ -1,1 +1,127 @@
-//! Stub.
+//! The agent: the one place where the switch, QEMU, the cut and the store meet.
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | [`dataplane`] | the thread that moves frames and makes cuts |
+//! | `slot` | each environment's lock, record and running machines |
+//! | `launch` | QEMU processes from nothing to standing ready |
+//! | `up`, `down`, `pause` | an environment's life |
+//! | `snapshot` | preparing, cutting, capturing, storing, committing |
+//! | `restore` | rolling back, and forks |
+//! | `takeover` | machines that outlived the agent before |
+//! | `ram_cache` | snapshots' memory, ready to be mapped |
+//! | `guest` | commands and consoles inside machines |
+//! | `http` | the API |
+//!
+//! Invariants:
+//! - machines outlive the agent: whatever it knows of them and cannot ask them is in `environment.json` first;
+//! - one operation at a time on an environment; operations on different environments do not wait for each other;
+//! - an operation that fails or is cancelled leaves the environment as it was, and nothing of its own behind.
+
+mod capture;
+mod dataplane;
+mod disks;
+mod doctor;
+mod down;
+mod guest;
+mod hardware;
+mod http;
+mod images;
+mod launch;
+mod operation;
+mod pause;
+mod problem;
+mod ram_cache;
+mod record;
+mod restore;
+mod serve;
+mod slot;
+mod snapshot;
+mod snapshots;
+mod status;
+mod takeover;
+mod up;
+
+use std::sync::Arc;
+
+use diorama_api::{AgentInfo, ApiError, Empty, ErrorKind, Folders, StopAgentRequest};
+use diorama_store::Store;
+use tokio::sync::Notify;
+
+pub use doctor::doctor;
+pub use images::BUILT_IN_IMAGES;
+pub use serve::{Options, run};
+
+use dataplane::DataPlane;
+use hardware::Hardware;
+use ram_cache::RamCache;
+use slot::Slots;
+
+/// Everything that requests work on.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    folders: Folders,
+    host: String,
+    hardware: Hardware,
+    store: Store,
+    cache: RamCache,
+    plane: DataPlane,
+    slots: Slots,
+    /// Told when the agent is to stop.
+    stop: Notify,
+}
+
+impl Agent {
+    /// Opens the folders, and takes back what an agent before left running.
+    fn open(folders: Folders) -> Result<Arc<Self>, ApiError> {
+        folders.create()?;
+        let store = Store::open(&folders.store()).map_err(problem::store_error)?;
+        store.recover().map_err(problem::store_error)?;
+        let cache = RamCache::open(folders.runtime(), folders.home())?;
+        let plane = DataPlane::start()
+            .map_err(|error| ApiError::new(ErrorKind::Io, format!("the data plane cannot start: {error}")))?;
+        let agent = Arc::new(Self {
+            host: host_name(),
+            hardware: Hardware::default(),
+            store,
+            cache,
+            plane,
+            slots: Slots::default(),
+            stop: Notify::new(),
+            folders,
+        });
+        agent.take_over_all()?;
+        Ok(agent)
+    }
+
+    /// Who this is.
+    pub(crate) fn info(&self) -> AgentInfo {
+        AgentInfo {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            host: self.host.clone(),
+            environments: u32::try_from(self.slots.running().len()).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// Asks the agent to end.
+    pub(crate) fn stop(&self, request: StopAgentRequest) -> Result<Empty, ApiError> {
+        let running = self.slots.running();
+        if !running.is_empty() && !request.force {
+            return Err(ApiError::new(
+                ErrorKind::WrongState,
+                format!("environments run: {}", running.join(", ")),
+            )
+            .hint("stop them with `diorama down --all`, or stop only the agent with `diorama agent stop --force`"));
+        }
+        self.stop.notify_one();
+        Ok(Empty {})
+    }
+}
+
+fn host_name() -> String {
+    nix::unistd::gethostname()
+        .ok()
+        .and_then(|name| name.into_string().ok())
+        .unwrap_or_else(|| "localhost".to_owned())
+}

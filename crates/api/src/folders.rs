@@ -130,10 +130,8 @@ impl Folders {
 fn default_runtime(home: &Path) -> PathBuf {
     let user = nix::unistd::geteuid().as_raw();
     // FNV-1a: short, stable, and only to keep homes apart.
-    let hash = home
-        .as_os_str()
-        .as_encoded_bytes()
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3));
+    let hash = home.as_os_str().as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+    });
     PathBuf::from(format!("/dev/shm/diorama-{user}-{:08x}", hash >> 32))
 }

@@ -109,7 +109,7 @@ pub struct NicConfig {
 /// One disk: a chain of images.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskConfig {
-    /// The disk's name, the prefix of its block nodes and its serial number in the guest: 1 to 20 of `a-z A-Z 0-9 _`.
+    /// The disk's name, the prefix of its block nodes and its serial number in the guest: 1 to 20 of `a-z A-Z 0-9 _ -`.
     pub name: String,
     /// The images, the base first, the one that is written last. Must not be empty.
     pub chain: Vec<DiskLayer>,
@@ -212,7 +212,7 @@ pub enum ConfigError {
         name: String,
     },
     /// A disk's name cannot be a block node's name and a serial number.
-    #[error("disk name {name:?} must be 1 to 20 of a-z, A-Z, 0-9 and _, starting with a letter")]
+    #[error("disk name {name:?} must be 1 to 20 of a-z, A-Z, 0-9, _ and -, starting with a letter")]
     BadDiskName {
         /// The name.
         name: String,
@@ -363,7 +363,7 @@ fn check_disk_name(name: &str) -> Result<(), ConfigError> {
     // 20 bytes: the length of a virtio disk's serial number. Node names allow 31.
     let valid = (1..=20).contains(&name.len())
         && name.starts_with(|first: char| first.is_ascii_alphabetic())
-        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte));
     if valid { Ok(()) } else { Err(ConfigError::BadDiskName { name: name.to_owned() }) }
 }
 
@@ -379,8 +379,9 @@ fn process(config: &MachineConfig, to: &mut Arguments) {
     if config.sandbox {
         to.pair("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
     }
+    // Nothing runs before `cont`: the machine's ports are connected first, so that it can lose no frame.
+    to.flag("-S");
     if config.incoming {
-        to.flag("-S");
         to.pair("-incoming", "defer");
     }
 }

@@ -19,7 +19,7 @@ pub const MAX_NETWORKS: usize = 1000;
 /// The most NICs on one machine: a PCI bus has 32 slots, shared with disks and everything else.
 pub const MAX_NICS: usize = 16;
 /// The most disks on one machine, its boot disk not counted.
-pub const MAX_DISKS: usize = 16;
+pub const MAX_DISKS: usize = 8;
 /// Virtual CPUs of one machine.
 pub const CPUS: RangeInclusive<u64> = 1..=64;
 /// Memory of one machine, in bytes.

@@ -309,6 +309,11 @@ impl Splitter {
         self.position + self.carry.len() as u64
     }
 
+    /// Pages of main memory so far, zero or not, repeats included.
+    pub fn pages_seen(&self) -> u64 {
+        self.summary.pages + self.summary.zero_pages
+    }
+
     /// Whether the stream has reached device state: all of RAM has passed.
     pub fn ram_complete(&self) -> bool {
         self.state == State::Devices

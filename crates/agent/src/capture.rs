@@ -1,0 +1,223 @@
+//! Taking one machine's migration stream apart, as fast as QEMU writes it.
+//!
+//! The capture thread does nothing but read, parse and write pages into the RAM file: a full socket would stall
+//! the guest's writes. Hashing and storing follow when it is done.
+//!
+//! In pre-copy, the *gate* stops reading when most of the memory has come, and so keeps QEMU from finishing by
+//! itself: the end must come at the cut, after the machine was drained and stopped by us.
+
+use std::fs::File;
+use std::io::Read;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use diorama_qemu::migration::{RamFile, Splitter, StreamError};
+use nix::sys::socket::{setsockopt, sockopt};
+
+/// How much is read of the stream at once.
+const CHUNK_BYTES: usize = 1 << 20;
+/// What is asked for as the socket's buffer on QEMU's side; the kernel gives what it allows.
+const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+/// In pre-copy, the part of the memory that comes before the gate closes, in percent.
+const GATE_PERCENT: u64 = 90;
+
+/// What came of a capture.
+#[derive(Debug)]
+pub(crate) struct Captured {
+    /// The rest of the stream: a migration stream of its own, without main memory.
+    pub(crate) state: Vec<u8>,
+}
+
+/// Why a capture failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CaptureError {
+    #[error("machine {machine}: the migration stream cannot be read: {source}")]
+    Read { machine: String, source: std::io::Error },
+    #[error("machine {machine}: {source}")]
+    Stream { machine: String, source: StreamError },
+    #[error("{path}: {source}")]
+    RamFile { path: PathBuf, source: std::io::Error },
+}
+
+impl CaptureError {
+    /// Whether a file system is full.
+    pub(crate) fn is_no_space(&self) -> bool {
+        match self {
+            Self::RamFile { source, .. } => source.kind() == std::io::ErrorKind::StorageFull,
+            Self::Stream { source: StreamError::Sink(source), .. } => {
+                source.kind() == std::io::ErrorKind::StorageFull
+            }
+            _ => false,
+        }
+    }
+}
+
+/// A capture under way.
+#[derive(Debug)]
+pub(crate) struct Capture {
+    stream: UnixStream,
+    gate: Arc<Gate>,
+    thread: Option<JoinHandle<Result<Captured, CaptureError>>>,
+}
+
+/// Opens the gate of one capture, from another thread.
+#[derive(Debug, Clone)]
+pub(crate) struct GateHandle(Arc<Gate>);
+
+impl GateHandle {
+    /// Lets the rest of the stream in.
+    pub(crate) fn open(&self) {
+        self.0.set(|state| state.open = true);
+    }
+}
+
+#[derive(Debug, Default)]
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct GateState {
+    open: bool,
+    /// The stream has come to the gate, or to its end.
+    reached: bool,
+    /// The thread is done.
+    ended: bool,
+}
+
+impl Capture {
+    /// Starts the thread. Returns the socket's other end, for QEMU.
+    pub(crate) fn start(
+        machine: &str,
+        ram_path: PathBuf,
+        memory_bytes: u64,
+        gated: bool,
+    ) -> Result<(Self, OwnedFd), CaptureError> {
+        let name = machine.to_owned();
+        let failed = |source| CaptureError::Read { machine: name.clone(), source };
+        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+        // Root may have more than the usual bound; others take what they get.
+        if setsockopt(&theirs, sockopt::SndBufForce, &SOCKET_BUFFER_BYTES).is_err() {
+            let _ = setsockopt(&theirs, sockopt::SndBuf, &SOCKET_BUFFER_BYTES);
+        }
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&ram_path)
+            .map_err(|source| CaptureError::RamFile { path: ram_path.clone(), source })?;
+        let gate = Arc::new(Gate::default());
+        gate.state.lock().expect("nothing panics with it").open = !gated;
+        let mut reader = ours.try_clone().map_err(failed)?;
+        let thread = {
+            let (machine, gate) = (machine.to_owned(), Arc::clone(&gate));
+            std::thread::Builder::new()
+                .name(format!("capture {machine}"))
+                .spawn(move || {
+                    let result = split(&machine, &mut reader, file, ram_path, memory_bytes, &gate);
+                    gate.set(|state| {
+                        state.reached = true;
+                        state.ended = true;
+                    });
+                    // So that QEMU does not wait for a reader that has given up.
+                    let _ = reader.shutdown(Shutdown::Both);
+                    result
+                })
+                .map_err(failed)?
+        };
+        Ok((Self { stream: ours, gate, thread: Some(thread) }, OwnedFd::from(theirs)))
+    }
+
+    /// Waits until the stream has come to the gate.
+    pub(crate) fn wait_for_gate(&self) {
+        let state = self.gate.state.lock().expect("nothing panics with it");
+        drop(self.gate.changed.wait_while(state, |state| !state.reached).expect("nothing panics with it"));
+    }
+
+    /// What opens the gate.
+    pub(crate) fn gate(&self) -> GateHandle {
+        GateHandle(Arc::clone(&self.gate))
+    }
+
+    /// Waits until the thread has ended, well or not, for at most `limit`.
+    pub(crate) fn wait_finished(&self, limit: Duration) -> bool {
+        let state = self.gate.state.lock().expect("nothing panics with it");
+        let (state, _) = self
+            .gate
+            .changed
+            .wait_timeout_while(state, limit, |state| !state.ended)
+            .expect("nothing panics with it");
+        state.ended
+    }
+
+    /// Waits for the stream's end.
+    pub(crate) fn finish(mut self) -> Result<Captured, CaptureError> {
+        self.thread.take().expect("taken only here").join().expect("a capture thread does not panic")
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // Wakes the thread, whatever it waits for.
+            let _ = self.stream.shutdown(Shutdown::Both);
+            self.gate().open();
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Gate {
+    fn set(&self, change: impl FnOnce(&mut GateState)) {
+        change(&mut self.state.lock().expect("nothing panics with it"));
+        self.changed.notify_all();
+    }
+
+    /// Waits at the gate until it is open.
+    fn pass(&self) {
+        let mut state = self.state.lock().expect("nothing panics with it");
+        state.reached = true;
+        self.changed.notify_all();
+        drop(self.changed.wait_while(state, |state| !state.open).expect("nothing panics with it"));
+    }
+}
+
+fn split(
+    machine: &str,
+    stream: &mut UnixStream,
+    file: File,
+    ram_path: PathBuf,
+    memory_bytes: u64,
+    gate: &Gate,
+) -> Result<Captured, CaptureError> {
+    let mut ram = RamFile::new(file, memory_bytes, Vec::new())
+        .map_err(|source| CaptureError::RamFile { path: ram_path, source })?;
+    let mut splitter = Splitter::new("ram0", memory_bytes);
+    let mut chunk = vec![0; CHUNK_BYTES];
+    let gate_pages = memory_bytes / 4096 * GATE_PERCENT / 100;
+    let mut passed = false;
+    loop {
+        let read = match stream.read(&mut chunk) {
+            Ok(0) => break,
+            Ok(read) => read,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(source) => return Err(CaptureError::Read { machine: machine.to_owned(), source }),
+        };
+        splitter
+            .feed(&chunk[..read], &mut ram)
+            .map_err(|source| CaptureError::Stream { machine: machine.to_owned(), source })?;
+        if !passed && splitter.pages_seen() >= gate_pages {
+            gate.pass();
+            passed = true;
+        }
+    }
+    splitter.finish().map_err(|source| CaptureError::Stream { machine: machine.to_owned(), source })?;
+    let (_, state) = ram.into_inner();
+    Ok(Captured { state })
+}

@@ -1,0 +1,817 @@
+//! This host's part of a cut, step by step, on the data plane's thread.
+//!
+//! ```text
+//!            all ports drained             every `stop` answered,          RESUME of each machine
+//!            or the bound is hit           its ports read empty            (its ports released)
+//!  Draining --------------------> Stopping --------------------> Saving --------------------------> done
+//!      |                              |                             |
+//!      +----------- a failure --------+-----------------------------+--> Undoing ------------------> done
+//! ```
+//!
+//! The steps and why in that order: docs/protocol.md. All machines are held first, stopped together, then saved
+//! together: that gives the least skew. A machine that does not run when the cut begins is not stopped and not
+//! resumed; its ports stay held afterwards as they were (a pause's hold is another than a cut's).
+//!
+//! Invariants:
+//! - the epoch of a machine's ports goes up only when its `stop` has been answered and its sockets are read
+//!   empty, and before anything is saved;
+//! - whatever happens, at the end no port is held by the cut, and no machine that ran is stopped.
+
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::sync::mpsc::Sender;
+use std::time::Duration;
+
+use diorama_qemu::process::{Policy, set_thread_policy};
+use diorama_qemu::qmp::{Message, Parts, Timestamp, encode};
+use diorama_switch::{Accounting, Epoch, Hold, InFlight, NetworkId, PortId, Recording, Time};
+use serde_json::Value;
+
+use super::plane::Io;
+use super::segment::Segment;
+use crate::capture::GateHandle;
+
+/// How long QEMU may take to read what was written to it before its `stop` is sent all the same. A guest whose
+/// receive ring stays full that long (or that has no driver yet) is cut with frames inside QEMU; this is counted.
+const DRAIN_BOUND: Duration = Duration::from_millis(20);
+/// How often a draining socket is looked at: nothing tells when the other side has read.
+const DRAIN_POLL: Duration = Duration::from_micros(50);
+/// How many probe frames are sent, one after another. One shows that QEMU's receive queue was not blocked when
+/// it was read; a queue that is emptied bit by bit could let one through, and then the second waits.
+const PROBES: u32 = 2;
+/// How long undoing may take before a machine is given up.
+const UNDO_BOUND: Duration = Duration::from_secs(5);
+
+/// A frame that any NIC ignores: a destination nobody has, and an ethertype for local experiments
+/// (IEEE 802, 0x88b5).
+const PROBE: [u8; 60] = {
+    let mut frame = [0; 60];
+    frame[0] = 0x02;
+    frame[5] = 0x01;
+    frame[6] = 0x02;
+    frame[11] = 0x02;
+    frame[12] = 0x88;
+    frame[13] = 0xb5;
+    frame
+};
+
+/// What the steps are done for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Goal {
+    /// Cut, save, go on.
+    Snapshot {
+        /// The new epoch.
+        epoch: Epoch,
+        /// What becomes of frames in flight.
+        in_flight: InFlight,
+    },
+    /// Drain and stop, and stay so: `diorama pause`.
+    Pause,
+}
+
+impl Goal {
+    fn hold(self) -> Hold {
+        match self {
+            Goal::Snapshot { .. } => Hold::Cut,
+            Goal::Pause => Hold::Pause,
+        }
+    }
+}
+
+/// How a machine comes to run again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Resume {
+    /// QEMU resumes it by itself once the device state is saved (background-snapshot).
+    ByItself,
+    /// We resume it when the migration has completed.
+    AfterMigration,
+    /// It did not run before, and does not afterwards.
+    Never,
+}
+
+/// A QMP command to be sent once the machine stands still.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct AfterStop {
+    pub(crate) command: &'static str,
+    pub(crate) arguments: Value,
+}
+
+/// What is asked of the data plane.
+#[derive(Debug)]
+pub(crate) struct CutJob {
+    pub(crate) goal: Goal,
+    pub(crate) machines: Vec<CutMachine>,
+    /// From the first `stop` until every machine must run again.
+    pub(crate) bound: Duration,
+}
+
+/// One machine's part of the job.
+#[derive(Debug)]
+pub(crate) struct CutMachine {
+    pub(crate) name: String,
+    pub(crate) ports: Vec<PortId>,
+    /// The monitor that is used for cuts; none for a machine that is not touched (captured before, still frozen).
+    pub(crate) monitor: Option<Parts>,
+    /// Whether it runs now.
+    pub(crate) running: bool,
+    /// Its virtual CPUs' threads.
+    pub(crate) vcpu_threads: Vec<u32>,
+    /// The disk pivot, then the migration.
+    pub(crate) after_stop: Vec<AfterStop>,
+    pub(crate) resume: Resume,
+    /// Opened once the machine stands still: lets the rest of a pre-copy stream in.
+    pub(crate) gate: Option<GateHandle>,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub(crate) struct CutOutcome {
+    pub(crate) machines: Vec<CutMachineResult>,
+    pub(crate) recording: Option<Recording>,
+    pub(crate) accounting: Vec<(NetworkId, Accounting)>,
+    pub(crate) learned: Vec<(NetworkId, [u8; 6], PortId)>,
+    pub(crate) failure: Option<CutFailure>,
+}
+
+/// Why a cut failed. Everything that could be undone was.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum CutFailure {
+    #[error("QEMU of machine {machine} closed its monitor while {during}; the process has probably died")]
+    MonitorClosed { machine: String, during: &'static str },
+    #[error("QEMU of machine {machine} refused `{command}`: {reason}")]
+    Refused { machine: String, command: String, reason: String },
+    #[error("machine {machine}: the migration stream failed: {reason}")]
+    Migration { machine: String, reason: String },
+    #[error(
+        "machine {machine}: QEMU cut a frame short when it was stopped; its network interface needs a restart"
+    )]
+    TornFrame { machine: String },
+    #[error("machine {machine} did not get past {during} within {after_ms} ms")]
+    TooLate { machine: String, during: &'static str, after_ms: u64 },
+    #[error("the frames in flight do not fit the recording ({bytes} bytes)")]
+    RecordingFull { bytes: usize },
+    #[error("the environment has no data plane")]
+    NoSegment,
+    #[error("another cut of the environment is under way")]
+    Busy,
+    #[error("the data plane refused the cut: {0}")]
+    Switch(String),
+}
+
+/// One machine after the cut.
+#[derive(Debug)]
+pub(crate) struct CutMachineResult {
+    pub(crate) name: String,
+    /// When its epoch went up, on the data plane's clock.
+    pub(crate) cut_at: Option<Time>,
+    pub(crate) pause_us: u64,
+    pub(crate) stall_us: u64,
+    pub(crate) drain_incomplete: bool,
+    /// Whether the disk pivot was carried out (also when the cut failed later).
+    pub(crate) pivoted: bool,
+    /// Whether `migrate` was accepted.
+    pub(crate) migrating: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Draining,
+    Stopping,
+    Saving,
+    Undoing,
+}
+
+#[derive(Debug)]
+struct PortDrain {
+    port: PortId,
+    probes_sent: u32,
+    drained: bool,
+}
+
+#[derive(Debug)]
+struct Progress {
+    machine: CutMachine,
+    drains: Vec<PortDrain>,
+    drain_incomplete: bool,
+    monitor_open: bool,
+    next_id: u64,
+    stop_id: Option<u64>,
+    stopped: bool,
+    commands: Vec<(u64, &'static str)>,
+    pivoted: bool,
+    migrating: bool,
+    migrated: bool,
+    cut_at: Option<Time>,
+    stop_event: Option<Timestamp>,
+    resume_event: Option<Timestamp>,
+    cont_id: Option<u64>,
+    resumed: bool,
+    released_at: Option<Time>,
+}
+
+/// A cut under way.
+#[derive(Debug)]
+pub(super) struct LocalCut {
+    goal: Goal,
+    stage: Stage,
+    machines: Vec<Progress>,
+    bound: Duration,
+    held_at: Time,
+    stage_since: Time,
+    learned: Vec<(NetworkId, [u8; 6], PortId)>,
+    failure: Option<CutFailure>,
+    done: Sender<CutOutcome>,
+}
+
+impl LocalCut {
+    /// Holds the ports and begins to drain.
+    pub(super) fn begin(
+        job: CutJob,
+        done: Sender<CutOutcome>,
+        segment: &mut Segment,
+        io: &mut Io<'_>,
+    ) -> Self {
+        let now = io.now();
+        let machines = job.machines.into_iter().map(Progress::new).collect();
+        let mut cut = Self {
+            goal: job.goal,
+            stage: Stage::Draining,
+            machines,
+            bound: job.bound,
+            held_at: now,
+            stage_since: now,
+            learned: Vec::new(),
+            failure: None,
+            done,
+        };
+        for (index, progress) in cut.machines.iter_mut().enumerate() {
+            if let Some(monitor) = &progress.machine.monitor {
+                io.watch_monitor(segment.id(), index, monitor.stream.as_raw_fd());
+            }
+            for drain in &progress.drains {
+                segment.switch_mut().hold(drain.port, cut.goal.hold(), now);
+            }
+        }
+        if let Goal::Snapshot { epoch, in_flight } = cut.goal
+            && let Err(error) = segment.switch_mut().start_recording(epoch, in_flight)
+        {
+            cut.fail(CutFailure::Switch(error.to_string()), segment, io);
+        }
+        cut
+    }
+
+    /// Does what can be done now. Returns true when the cut is over.
+    pub(super) fn advance(&mut self, segment: &mut Segment, io: &mut Io<'_>) -> bool {
+        loop {
+            let before = self.stage;
+            let over = match self.stage {
+                Stage::Draining => {
+                    self.drain(segment, io);
+                    false
+                }
+                Stage::Stopping => {
+                    self.note_stopped(segment, io);
+                    false
+                }
+                Stage::Saving => self.note_resumed(segment, io),
+                Stage::Undoing => self.note_undone(segment, io),
+            };
+            if over {
+                return true;
+            }
+            if self.stage == before {
+                return false;
+            }
+        }
+    }
+
+    /// When [`LocalCut::advance`] must be called again at the latest.
+    pub(super) fn deadline(&self) -> Time {
+        let wait = match self.stage {
+            Stage::Draining => return Time(0),
+            Stage::Stopping | Stage::Saving => self.bound,
+            Stage::Undoing => UNDO_BOUND,
+        };
+        after(self.stage_since, wait)
+    }
+
+    /// How long to wait when nothing is to be read and the stage polls.
+    pub(super) fn poll_interval(&self) -> Option<Duration> {
+        (self.stage == Stage::Draining).then_some(DRAIN_POLL)
+    }
+
+    /// Reads what a machine's monitor sent.
+    pub(super) fn monitor_readable(&mut self, index: usize, segment: &mut Segment, io: &mut Io<'_>) {
+        let Some(progress) = self.machines.get_mut(index) else { return };
+        let Some(monitor) = &mut progress.machine.monitor else { return };
+        let mut chunk = [0; 16 * 1024];
+        let mut closed = false;
+        loop {
+            match (&monitor.stream).read(&mut chunk) {
+                Ok(0) => {
+                    closed = true;
+                    break;
+                }
+                Ok(read) => monitor.decoder.feed(&chunk[..read]),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(_) => {
+                    closed = true;
+                    break;
+                }
+            }
+        }
+        let mut failure = None;
+        while let Some(message) =
+            progress.machine.monitor.as_mut().and_then(|parts| parts.decoder.next_message())
+        {
+            match message {
+                Ok(message) => failure = failure.or(progress.take(message)),
+                Err(error) => {
+                    tracing::warn!(machine = progress.machine.name, %error, "unreadable QMP message")
+                }
+            }
+        }
+        if closed {
+            progress.monitor_open = false;
+            let monitor = progress.machine.monitor.as_ref().map(|parts| parts.stream.as_raw_fd());
+            if let Some(fd) = monitor {
+                io.forget(fd);
+            }
+            failure = failure.or(Some(CutFailure::MonitorClosed {
+                machine: progress.machine.name.clone(),
+                during: self.stage.during(),
+            }));
+        }
+        if let Some(failure) = failure {
+            self.fail(failure, segment, io);
+        }
+    }
+
+    // Steps 1 and 2.
+    fn drain(&mut self, segment: &mut Segment, io: &mut Io<'_>) {
+        let now = io.now();
+        let late = now.since_ns(self.stage_since) > nanoseconds(DRAIN_BOUND);
+        let mut all_drained = true;
+        for progress in &mut self.machines {
+            if !progress.machine.running {
+                continue;
+            }
+            for drain in &mut progress.drains {
+                drain.advance(segment, io);
+                all_drained &= drain.drained;
+            }
+            if late {
+                progress.drain_incomplete = progress.drains.iter().any(|drain| !drain.drained);
+            }
+        }
+        if all_drained || late {
+            self.enter(Stage::Stopping, now);
+            self.stop(segment, io);
+        }
+    }
+
+    // Step 3.
+    fn stop(&mut self, segment: &mut Segment, io: &mut Io<'_>) {
+        for progress in &mut self.machines {
+            if !progress.machine.running {
+                continue;
+            }
+            progress.prefer_others(true);
+            progress.stop_id = Some(progress.reserve_id());
+        }
+        let mut failure = None;
+        for progress in &mut self.machines {
+            if let Some(id) = progress.stop_id {
+                failure = failure.or(progress.send(id, "stop", Value::Null, self.stage));
+            }
+        }
+        if let Some(failure) = failure {
+            self.fail(failure, segment, io);
+        }
+    }
+
+    // Steps 4 and 5, as each `stop` is answered; then 6 and 7.
+    fn note_stopped(&mut self, segment: &mut Segment, io: &mut Io<'_>) {
+        for index in 0..self.machines.len() {
+            let progress = &mut self.machines[index];
+            if progress.cut_at.is_some() || !(progress.stopped || !progress.machine.running) {
+                continue;
+            }
+            for drain in &progress.drains {
+                if !segment.read_until_empty(drain.port, io) {
+                    let machine = progress.machine.name.clone();
+                    self.fail(CutFailure::TornFrame { machine }, segment, io);
+                    return;
+                }
+            }
+            let now = io.now();
+            progress.cut_at = Some(now);
+            if let Goal::Snapshot { epoch, .. } = self.goal {
+                for drain in &progress.drains {
+                    if let Err(error) = segment.switch_mut().advance_epoch(drain.port, epoch, now) {
+                        self.fail(CutFailure::Switch(error.to_string()), segment, io);
+                        return;
+                    }
+                }
+            }
+        }
+        if self.machines.iter().all(|progress| progress.cut_at.is_some()) {
+            self.learned = segment.learned();
+            let now = io.now();
+            self.enter(Stage::Saving, now);
+            self.save(segment, io);
+        } else {
+            self.fail_when_late(segment, io);
+        }
+    }
+
+    fn save(&mut self, segment: &mut Segment, io: &mut Io<'_>) {
+        let mut failure = None;
+        for progress in &mut self.machines {
+            if let Some(gate) = progress.machine.gate.take() {
+                gate.open();
+            }
+            let commands = std::mem::take(&mut progress.machine.after_stop);
+            for AfterStop { command, arguments } in commands {
+                let id = progress.reserve_id();
+                progress.commands.push((id, command));
+                failure = failure.or(progress.send(id, command, arguments, Stage::Saving));
+            }
+        }
+        if let Some(failure) = failure {
+            self.fail(failure, segment, io);
+        }
+    }
+
+    // Step 8.
+    fn note_resumed(&mut self, segment: &mut Segment, io: &mut Io<'_>) -> bool {
+        let mut failure = None;
+        for progress in &mut self.machines {
+            if progress.released_at.is_some() || !progress.commands.is_empty() {
+                continue;
+            }
+            let ready = match (self.goal, progress.machine.resume) {
+                (Goal::Pause, _) | (_, Resume::Never) => true,
+                (_, Resume::ByItself) => progress.resumed,
+                (_, Resume::AfterMigration) => {
+                    if progress.migrated && progress.cont_id.is_none() {
+                        let id = progress.reserve_id();
+                        progress.cont_id = Some(id);
+                        failure = failure.or(progress.send(id, "cont", Value::Null, Stage::Saving));
+                    }
+                    progress.resumed
+                }
+            };
+            if ready {
+                progress.finish((self.goal != Goal::Pause).then_some(Hold::Cut), segment, io);
+            }
+        }
+        if let Some(failure) = failure {
+            self.fail(failure, segment, io);
+            return false;
+        }
+        if self.machines.iter().all(|progress| progress.released_at.is_some()) {
+            self.conclude(segment, io);
+            return true;
+        }
+        self.fail_when_late(segment, io);
+        false
+    }
+
+    fn fail_when_late(&mut self, segment: &mut Segment, io: &mut Io<'_>) {
+        let waited = io.now().since_ns(self.stage_since);
+        if waited <= nanoseconds(self.bound) {
+            return;
+        }
+        let stage = self.stage;
+        let late = self.machines.iter().find(|progress| match stage {
+            Stage::Stopping => progress.cut_at.is_none(),
+            _ => progress.released_at.is_none(),
+        });
+        if let Some(progress) = late {
+            let failure = CutFailure::TooLate {
+                machine: progress.machine.name.clone(),
+                during: stage.during(),
+                after_ms: waited / 1_000_000,
+            };
+            self.fail(failure, segment, io);
+        }
+    }
+
+    /// Begins to undo, once; later failures change nothing.
+    fn fail(&mut self, failure: CutFailure, segment: &mut Segment, io: &mut Io<'_>) {
+        tracing::warn!(%failure, "a cut fails; undoing it");
+        if self.failure.is_none() {
+            self.failure = Some(failure);
+        }
+        if self.stage == Stage::Undoing {
+            return;
+        }
+        let now = io.now();
+        self.enter(Stage::Undoing, now);
+        for progress in &mut self.machines {
+            if progress.released_at.is_some() {
+                continue;
+            }
+            if !progress.machine.running || progress.stop_id.is_none() || !progress.monitor_open {
+                progress.abandon(self.goal, segment, io);
+                continue;
+            }
+            if progress.migrating || progress.commands.iter().any(|(_, command)| *command == "migrate") {
+                let id = progress.reserve_id();
+                // Refused when there is nothing to cancel: the answer is of no interest.
+                let _ = progress.send(id, "migrate_cancel", Value::Null, Stage::Undoing);
+            }
+            if progress.cont_id.is_none() {
+                let id = progress.reserve_id();
+                progress.cont_id = Some(id);
+                if progress.send(id, "cont", Value::Null, Stage::Undoing).is_some() {
+                    progress.abandon(self.goal, segment, io);
+                }
+            }
+        }
+    }
+
+    fn note_undone(&mut self, segment: &mut Segment, io: &mut Io<'_>) -> bool {
+        let late = io.now().since_ns(self.stage_since) > nanoseconds(UNDO_BOUND);
+        for progress in &mut self.machines {
+            if progress.released_at.is_some() {
+                continue;
+            }
+            if progress.resumed || !progress.monitor_open || late {
+                if late {
+                    tracing::error!(
+                        machine = progress.machine.name,
+                        "could not make sure that the machine runs on"
+                    );
+                }
+                progress.abandon(self.goal, segment, io);
+            }
+        }
+        if self.machines.iter().all(|progress| progress.released_at.is_some()) {
+            self.conclude(segment, io);
+            return true;
+        }
+        false
+    }
+
+    fn enter(&mut self, stage: Stage, now: Time) {
+        self.stage = stage;
+        self.stage_since = now;
+    }
+
+    fn conclude(&mut self, segment: &mut Segment, io: &mut Io<'_>) {
+        let (recording, accounting) = match self.goal {
+            Goal::Snapshot { epoch, .. } => {
+                let recording = segment.switch_mut().stop_recording();
+                (recording, segment.accounting(epoch))
+            }
+            Goal::Pause => (None, Vec::new()),
+        };
+        if let Some(recording) = &recording
+            && !recording.is_complete()
+        {
+            self.failure.get_or_insert(CutFailure::RecordingFull { bytes: recording.bytes });
+        }
+        let held_at = self.held_at;
+        let machines = std::mem::take(&mut self.machines)
+            .into_iter()
+            .map(|progress| {
+                if let Some(monitor) = &progress.machine.monitor
+                    && progress.monitor_open
+                {
+                    io.forget(monitor.stream.as_raw_fd());
+                }
+                progress.into_result(held_at)
+            })
+            .collect();
+        let outcome = CutOutcome {
+            machines,
+            recording,
+            accounting,
+            learned: std::mem::take(&mut self.learned),
+            failure: self.failure.take(),
+        };
+        // Whoever asked may have been killed by a panic; the machines run on all the same.
+        let _ = self.done.send(outcome);
+    }
+}
+
+impl Stage {
+    fn during(self) -> &'static str {
+        match self {
+            Stage::Draining => "draining",
+            Stage::Stopping => "stopping",
+            Stage::Saving => "saving the device state",
+            Stage::Undoing => "undoing",
+        }
+    }
+}
+
+impl PortDrain {
+    fn advance(&mut self, segment: &mut Segment, io: &mut Io<'_>) {
+        if self.drained {
+            return;
+        }
+        if segment.switch().mid_frame(self.port) {
+            // The rest of a frame that QEMU has half of: it goes out although the port is held.
+            segment.flush(self.port, io);
+            return;
+        }
+        let Some(link) = segment.link(self.port) else {
+            // Not connected: nothing can be inside QEMU on our account.
+            self.drained = true;
+            return;
+        };
+        if !link.is_drained() {
+            return;
+        }
+        if self.probes_sent == PROBES {
+            self.drained = true;
+        } else if link.send_directly(&PROBE).is_ok() {
+            self.probes_sent += 1;
+        }
+    }
+}
+
+impl Progress {
+    fn new(machine: CutMachine) -> Self {
+        let drains = machine
+            .ports
+            .iter()
+            .map(|port| PortDrain { port: *port, probes_sent: 0, drained: false })
+            .collect();
+        Self {
+            monitor_open: machine.monitor.is_some(),
+            next_id: machine.monitor.as_ref().map_or(0, |monitor| monitor.next_id),
+            machine,
+            drains,
+            drain_incomplete: false,
+            stop_id: None,
+            stopped: false,
+            commands: Vec::new(),
+            pivoted: false,
+            migrating: false,
+            migrated: false,
+            cut_at: None,
+            stop_event: None,
+            resume_event: None,
+            cont_id: None,
+            resumed: false,
+            released_at: None,
+        }
+    }
+
+    fn reserve_id(&mut self) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        id
+    }
+
+    /// Sends a command without waiting. QMP's socket is empty at this point, so it takes a command whole.
+    fn send(&mut self, id: u64, command: &str, arguments: Value, stage: Stage) -> Option<CutFailure> {
+        let monitor = self.machine.monitor.as_ref()?;
+        let bytes = encode(id, command, arguments);
+        match (&monitor.stream).write(&bytes) {
+            Ok(written) if written == bytes.len() => None,
+            _ => {
+                Some(CutFailure::MonitorClosed { machine: self.machine.name.clone(), during: stage.during() })
+            }
+        }
+    }
+
+    fn take(&mut self, message: Message) -> Option<CutFailure> {
+        match message {
+            Message::Return { id: Some(id), .. } => {
+                if self.stop_id == Some(id) {
+                    self.stopped = true;
+                } else if self.cont_id == Some(id) {
+                    self.resumed = true;
+                } else if let Some(at) = self.commands.iter().position(|(sent, _)| *sent == id) {
+                    match self.commands.remove(at).1 {
+                        "transaction" => self.pivoted = true,
+                        "migrate" => self.migrating = true,
+                        _ => {}
+                    }
+                }
+                None
+            }
+            Message::Error { id: Some(id), desc, .. } => {
+                let command = if self.stop_id == Some(id) {
+                    "stop"
+                } else if self.cont_id == Some(id) {
+                    "cont"
+                } else {
+                    let at = self.commands.iter().position(|(sent, _)| *sent == id)?;
+                    self.commands.remove(at).1
+                };
+                Some(CutFailure::Refused {
+                    machine: self.machine.name.clone(),
+                    command: command.to_owned(),
+                    reason: desc,
+                })
+            }
+            Message::Event(event) => match event.name.as_str() {
+                "STOP" => {
+                    self.stop_event.get_or_insert(event.timestamp);
+                    None
+                }
+                "RESUME" => {
+                    self.resume_event.get_or_insert(event.timestamp);
+                    self.resumed = true;
+                    None
+                }
+                "MIGRATION" => {
+                    let status = event.data["status"].as_str().unwrap_or_default();
+                    if status == "completed" {
+                        self.migrated = true;
+                    }
+                    (status == "failed").then(|| CutFailure::Migration {
+                        machine: self.machine.name.clone(),
+                        reason: "QEMU reports that it failed".to_owned(),
+                    })
+                }
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// While the cut lasts, whatever else must run goes before the guests.
+    fn prefer_others(&self, yes: bool) {
+        let policy = if yes { Policy::Idle } else { Policy::Normal { nice: super::plane::VCPU_NICE } };
+        for thread in &self.machine.vcpu_threads {
+            if let Err(error) = set_thread_policy(*thread, policy) {
+                tracing::debug!(thread, %error, "a virtual CPU's scheduling policy stays as it is");
+            }
+        }
+    }
+
+    fn finish(&mut self, release: Option<Hold>, segment: &mut Segment, io: &mut Io<'_>) {
+        if self.stop_id.is_some() {
+            self.prefer_others(false);
+        }
+        let now = io.now();
+        if let Some(hold) = release {
+            for drain in &self.drains {
+                segment.switch_mut().release(drain.port, hold, now);
+                segment.flush(drain.port, io);
+            }
+        }
+        self.released_at = Some(now);
+    }
+
+    /// Gives the machine back as it was before the cut.
+    fn abandon(&mut self, goal: Goal, segment: &mut Segment, io: &mut Io<'_>) {
+        if let (Goal::Snapshot { epoch, .. }, true) = (goal, self.cut_at.is_none()) {
+            // Epochs never go back, and a port left behind would wait for ever before the others' new colour.
+            let now = io.now();
+            for drain in &self.drains {
+                if let Err(error) = segment.switch_mut().advance_epoch(drain.port, epoch, now) {
+                    tracing::error!(%error, "a port could not be advanced after an aborted cut");
+                }
+            }
+        }
+        self.finish(Some(goal.hold()), segment, io);
+    }
+
+    fn into_result(self, held_at: Time) -> CutMachineResult {
+        let pause_us = match (self.stop_event, self.resume_event) {
+            (Some(stop), Some(resume)) => u64::try_from(resume.as_micros() - stop.as_micros()).unwrap_or(0),
+            _ => 0,
+        };
+        let stall_us = match (self.machine.running, self.released_at) {
+            (true, Some(released)) => released.since_ns(held_at) / 1000,
+            _ => 0,
+        };
+        CutMachineResult {
+            name: self.machine.name,
+            cut_at: self.cut_at,
+            pause_us,
+            stall_us,
+            drain_incomplete: self.drain_incomplete,
+            pivoted: self.pivoted,
+            migrating: self.migrating,
+        }
+    }
+}
+
+fn after(time: Time, wait: Duration) -> Time {
+    Time(time.0.saturating_add(nanoseconds(wait)))
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_probe_is_a_unicast_frame_of_a_local_experiment() {
+        assert_eq!(PROBE[0] & 1, 0, "no group address: promiscuous or not, no guest may answer it");
+        assert_eq!(u16::from_be_bytes([PROBE[12], PROBE[13]]), 0x88b5);
+    }
+}

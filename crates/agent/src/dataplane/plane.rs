@@ -1,0 +1,327 @@
+//! The data plane's thread: its event loop, and what it waits for.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
+use std::time::{Duration, Instant};
+
+use diorama_switch::{PortId, Time};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::EventFd;
+use nix::sys::timer::{Expiration, TimerSetTimeFlags};
+use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
+
+use super::Task;
+use super::link::Scratch;
+use super::local_cut::{CutFailure, CutJob, CutOutcome, LocalCut};
+use super::segment::{Segment, SegmentId};
+
+/// The niceness of virtual CPUs' threads: QEMU's main loop and this thread go before them, or frames and cuts
+/// wait for guests that compute.
+pub(crate) const VCPU_NICE: i32 = 5;
+/// The niceness that the data plane asks for itself; only root gets it.
+const PLANE_NICE: i32 = -15;
+/// Events taken of the kernel at once.
+const EVENTS: usize = 128;
+
+/// What an epoll event is about, packed into its 64-bit datum: kind, segment, index.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Tasks,
+    Timer,
+    Port(SegmentId, PortId),
+    Monitor(SegmentId, usize),
+}
+
+impl Source {
+    fn pack(self) -> u64 {
+        match self {
+            Source::Tasks => 0,
+            Source::Timer => 1,
+            Source::Port(segment, port) => 2 << 60 | u64::from(segment.0) << 28 | u64::from(port.0),
+            Source::Monitor(segment, index) => 3 << 60 | u64::from(segment.0) << 28 | index as u64,
+        }
+    }
+
+    fn unpack(datum: u64) -> Self {
+        let segment = SegmentId((datum >> 28 & 0xffff_ffff) as u32);
+        let index = datum & 0xfff_ffff;
+        match datum >> 60 {
+            2 => Source::Port(segment, PortId(index as u32)),
+            3 => Source::Monitor(segment, index as usize),
+            _ if datum == 0 => Source::Tasks,
+            _ => Source::Timer,
+        }
+    }
+}
+
+/// What the parts of the data plane use of the thread: epoll, the clock, the read buffer.
+pub(super) struct Io<'a> {
+    epoll: &'a Epoll,
+    pub(super) scratch: &'a mut Scratch,
+    origin: Instant,
+}
+
+impl Io<'_> {
+    /// The data plane's clock.
+    pub(super) fn now(&self) -> Time {
+        Time(u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    pub(super) fn watch_port(&self, segment: SegmentId, port: PortId, fd: BorrowedFd<'_>) -> nix::Result<()> {
+        self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, Source::Port(segment, port).pack()))
+    }
+
+    /// Watches a port for room to write as well, or no longer.
+    pub(super) fn watch_port_writable(
+        &self,
+        segment: SegmentId,
+        port: PortId,
+        fd: BorrowedFd<'_>,
+        yes: bool,
+    ) {
+        let flags = if yes { EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT } else { EpollFlags::EPOLLIN };
+        let mut event = EpollEvent::new(flags, Source::Port(segment, port).pack());
+        if let Err(error) = self.epoll.modify(fd, &mut event) {
+            tracing::error!(%error, ?port, "epoll refuses to change a port");
+        }
+    }
+
+    pub(super) fn watch_monitor(&self, segment: SegmentId, index: usize, fd: RawFd) {
+        // SAFETY: the cut owns the monitor's socket, and forgets it here before it gives it back.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, Source::Monitor(segment, index).pack());
+        if let Err(error) = self.epoll.add(fd, event) {
+            tracing::error!(%error, "epoll refuses a monitor; the cut will time out");
+        }
+    }
+
+    pub(super) fn forget(&self, fd: RawFd) {
+        // SAFETY: callers hold the socket open until after this call.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        // A descriptor that is not watched (any more) is as good.
+        let _ = self.epoll.delete(fd);
+    }
+}
+
+/// All segments, and what the thread waits for.
+pub(crate) struct Plane {
+    epoll: Epoll,
+    wake: Arc<EventFd>,
+    timer: TimerFd,
+    timer_set: Option<Time>,
+    origin: Instant,
+    scratch: Scratch,
+    segments: BTreeMap<SegmentId, Segment>,
+    /// The segments that have a cut or a replay under way, and so need the clock.
+    timed: Vec<SegmentId>,
+    next_segment: u32,
+}
+
+impl Plane {
+    pub(super) fn new(wake: Arc<EventFd>) -> std::io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let timer =
+            TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
+        epoll.add(wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, Source::Tasks.pack()))?;
+        epoll.add(timer.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, Source::Timer.pack()))?;
+        Ok(Self {
+            epoll,
+            wake,
+            timer,
+            timer_set: None,
+            origin: Instant::now(),
+            scratch: Scratch::new(),
+            segments: BTreeMap::new(),
+            timed: Vec::new(),
+            next_segment: 1,
+        })
+    }
+
+    /// The thread's body.
+    pub(super) fn run(&mut self, tasks: &Receiver<Task>) {
+        prefer_this_thread();
+        let mut events = [EpollEvent::empty(); EVENTS];
+        loop {
+            let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+                Ok(count) => count,
+                Err(nix::errno::Errno::EINTR) => 0,
+                Err(error) => {
+                    tracing::error!(%error, "epoll failed; the data plane cannot go on");
+                    std::process::abort();
+                }
+            };
+            for event in &events[..count] {
+                self.handle(Source::unpack(event.data()), event.events(), tasks);
+            }
+            self.advance_timed();
+        }
+    }
+
+    /// Adds an environment's part. Its ports are connected one by one afterwards.
+    pub(crate) fn attach(&mut self, build: impl FnOnce(SegmentId) -> Segment) -> SegmentId {
+        let id = SegmentId(self.next_segment);
+        self.next_segment += 1;
+        self.segments.insert(id, build(id));
+        id
+    }
+
+    /// Removes an environment's part, and closes its sockets.
+    pub(crate) fn detach(&mut self, id: SegmentId) {
+        // Closing a socket takes it out of epoll as well.
+        self.segments.remove(&id);
+        self.timed.retain(|timed| *timed != id);
+    }
+
+    /// Connects a port to its machine. After a takeover the machine must stand still, and what it half sent to
+    /// the agent before is skipped.
+    pub(crate) fn connect(
+        &mut self,
+        id: SegmentId,
+        port: PortId,
+        stream: UnixStream,
+        takeover: bool,
+    ) -> std::io::Result<()> {
+        self.with_io(id, |segment, io| segment.connect(port, stream, takeover, io))
+            .unwrap_or_else(|| Err(std::io::ErrorKind::NotFound.into()))
+    }
+
+    /// Looks at or changes a segment.
+    pub(crate) fn segment(&mut self, id: SegmentId) -> Option<&mut Segment> {
+        self.segments.get_mut(&id)
+    }
+
+    /// Lets held ports go: machines that were paused run again, or a restored environment begins.
+    pub(crate) fn release(&mut self, id: SegmentId, ports: &[PortId]) {
+        self.with_io(id, |segment, io| segment.release(ports, io));
+        self.note_timed(id);
+    }
+
+    /// Begins to deliver the recorded frames at their times, counted from now.
+    pub(crate) fn begin_replay(&mut self, id: SegmentId) {
+        self.with_io(id, Segment::begin_replay);
+        self.note_timed(id);
+    }
+
+    /// Begins a local cut; `done` gets its outcome.
+    pub(super) fn begin_cut(&mut self, id: SegmentId, job: CutJob, done: Sender<CutOutcome>) {
+        let refused = match self.segments.get(&id) {
+            None => Some(CutFailure::NoSegment),
+            Some(segment) if segment.has_cut() => Some(CutFailure::Busy),
+            Some(_) => None,
+        };
+        if let Some(failure) = refused {
+            // The asker may have gone; nothing was begun.
+            let _ = done.send(CutOutcome {
+                machines: Vec::new(),
+                recording: None,
+                accounting: Vec::new(),
+                learned: Vec::new(),
+                failure: Some(failure),
+            });
+            return;
+        }
+        self.with_io(id, |segment, io| {
+            let cut = LocalCut::begin(job, done, segment, io);
+            segment.set_cut(cut);
+            segment.advance(io);
+        });
+        self.note_timed(id);
+    }
+
+    fn handle(&mut self, source: Source, flags: EpollFlags, tasks: &Receiver<Task>) {
+        match source {
+            Source::Tasks => {
+                // Empty already is as good: the tasks are looked for below.
+                let _ = self.wake.read();
+                while let Ok(task) = tasks.try_recv() {
+                    task(self);
+                }
+            }
+            Source::Timer => {
+                self.timer_set = None;
+                // Nonblocking, and only to clear it.
+                let _ = nix::unistd::read(&self.timer, &mut [0; 8]);
+            }
+            Source::Port(id, port) => {
+                self.with_io(id, |segment, io| {
+                    if flags.contains(EpollFlags::EPOLLOUT) {
+                        segment.flush(port, io);
+                    }
+                    if flags.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
+                        segment.read(port, io);
+                    }
+                });
+            }
+            Source::Monitor(id, index) => {
+                self.with_io(id, |segment, io| segment.monitor_readable(index, io));
+            }
+        }
+    }
+
+    fn advance_timed(&mut self) {
+        let mut next: Option<Time> = None;
+        let timed = std::mem::take(&mut self.timed);
+        for id in timed {
+            let due = self.with_io(id, |segment, io| {
+                segment.advance(io);
+                segment.next_deadline(io.now())
+            });
+            if let Some(Some(due)) = due {
+                self.timed.push(id);
+                next = Some(next.map_or(due, |next| next.min(due)));
+            }
+        }
+        if let Some(due) = next
+            && self.timer_set.is_none_or(|set| due < set)
+        {
+            let now = Time(u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX));
+            let wait = Duration::from_nanos(due.since_ns(now).max(1000));
+            let expiration = Expiration::OneShot(wait.into());
+            if let Err(error) = self.timer.set(expiration, TimerSetTimeFlags::empty()) {
+                tracing::error!(%error, "the data plane's timer cannot be set");
+            }
+            self.timer_set = Some(due);
+        }
+    }
+
+    fn note_timed(&mut self, id: SegmentId) {
+        if !self.timed.contains(&id) {
+            self.timed.push(id);
+        }
+    }
+
+    fn with_io<R>(&mut self, id: SegmentId, task: impl FnOnce(&mut Segment, &mut Io<'_>) -> R) -> Option<R> {
+        let segment = self.segments.get_mut(&id)?;
+        let mut io = Io { epoll: &self.epoll, scratch: &mut self.scratch, origin: self.origin };
+        Some(task(segment, &mut io))
+    }
+}
+
+fn prefer_this_thread() {
+    let thread = nix::unistd::gettid().as_raw().cast_unsigned();
+    let policy = diorama_qemu::process::Policy::Normal { nice: PLANE_NICE };
+    if let Err(error) = diorama_qemu::process::set_thread_policy(thread, policy) {
+        tracing::debug!(%error, "the data plane runs at normal priority");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_survive_packing() {
+        for source in [
+            Source::Tasks,
+            Source::Timer,
+            Source::Port(SegmentId(1), PortId(0)),
+            Source::Port(SegmentId(u32::MAX), PortId(0xfff_ffff)),
+            Source::Monitor(SegmentId(77), 999),
+        ] {
+            assert_eq!(Source::unpack(source.pack()), source);
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! The agent's HTTP API: from requests to the agent's methods, and from their results to documents and events.
+//!
+//! Operations run on threads of their own (they block on QEMU and on files); what they report goes into the
+//! response's body line by line. When the client closes the connection, the body is dropped, and the operation
+//! finds itself cancelled.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, Query, Request, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use diorama_api::{
+    ApiError, CreateSnapshotRequest, DownRequest, ErrorBody, ErrorKind, Event, ExecRequest, ForkRequest,
+    MachinesRequest, RestoreRequest, StopAgentRequest, UpRequest,
+};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncSeekExt};
+use tokio::sync::mpsc::unbounded_channel;
+use tokio_stream::wrappers::ReceiverStream;
+
+use crate::Agent;
+use crate::operation::{Notice, Operation};
+
+type Shared = State<Arc<Agent>>;
+
+/// All routes.
+pub(crate) fn router(agent: Arc<Agent>) -> Router {
+    let machine = "/v1/environments/{name}/machines/{machine}";
+    Router::new()
+        .route("/v1/agent", get(agent_info))
+        .route("/v1/agent/stop", post(stop_agent))
+        .route("/v1/environments", get(list).post(up))
+        .route("/v1/environments/{name}", get(status))
+        .route("/v1/environments/{name}/down", post(down))
+        .route("/v1/environments/{name}/pause", post(pause))
+        .route("/v1/environments/{name}/resume", post(resume))
+        .route("/v1/environments/{name}/snapshots", post(create_snapshot))
+        .route("/v1/environments/{name}/restore", post(restore))
+        .route("/v1/restore", post(restore_anywhere))
+        .route("/v1/forks", post(fork))
+        .route(&format!("{machine}/exec"), post(exec))
+        .route(&format!("{machine}/console"), get(console))
+        .route(&format!("{machine}/log"), get(log))
+        .route("/v1/snapshots", get(list_snapshots))
+        .route("/v1/snapshots/{query}", get(show_snapshot).delete(remove_snapshot))
+        .route("/v1/snapshots/{query}/verify", post(verify_snapshot))
+        .route("/v1/snapshots/{query}/diff/{other}", get(diff_snapshots))
+        .fallback(|| async {
+            failure(&ApiError::new(ErrorKind::Invalid, "the agent does not know this request").hint(
+                "the client and the agent may be of different versions: `diorama agent stop`, and try again",
+            ))
+        })
+        .with_state(agent)
+}
+
+async fn agent_info(State(agent): Shared) -> Response {
+    document(blocking(move || Ok(agent.info())).await)
+}
+
+async fn stop_agent(State(agent): Shared, Json(request): Json<StopAgentRequest>) -> Response {
+    document(blocking(move || agent.stop(request)).await)
+}
+
+async fn list(State(agent): Shared) -> Response {
+    document(blocking(move || agent.statuses()).await)
+}
+
+async fn status(State(agent): Shared, Path(name): Path<String>) -> Response {
+    document(blocking(move || agent.status(&name)).await)
+}
+
+async fn up(State(agent): Shared, Json(request): Json<UpRequest>) -> Response {
+    events(move |operation| agent.up(request, operation))
+}
+
+async fn down(State(agent): Shared, Path(name): Path<String>, Json(request): Json<DownRequest>) -> Response {
+    events(move |operation| agent.down(&name, request, operation))
+}
+
+async fn pause(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<MachinesRequest>,
+) -> Response {
+    events(move |operation| agent.pause(&name, &request, operation))
+}
+
+async fn resume(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<MachinesRequest>,
+) -> Response {
+    events(move |operation| agent.resume(&name, &request, operation))
+}
+
+async fn create_snapshot(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<CreateSnapshotRequest>,
+) -> Response {
+    events(move |operation| agent.create_snapshot(&name, request, operation))
+}
+
+async fn restore(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<RestoreRequest>,
+) -> Response {
+    events(move |operation| agent.restore(Some(&name), &request, operation))
+}
+
+async fn restore_anywhere(State(agent): Shared, Json(request): Json<RestoreRequest>) -> Response {
+    events(move |operation| agent.restore(None, &request, operation))
+}
+
+async fn fork(State(agent): Shared, Json(request): Json<ForkRequest>) -> Response {
+    events(move |operation| agent.fork(&request, operation))
+}
+
+async fn exec(
+    State(agent): Shared,
+    Path((name, machine)): Path<(String, String)>,
+    Json(request): Json<ExecRequest>,
+) -> Response {
+    events(move |operation| agent.exec(&name, &machine, &request, operation))
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct OfEnvironment {
+    environment: Option<String>,
+}
+
+async fn list_snapshots(State(agent): Shared) -> Response {
+    document(blocking(move || agent.list_snapshots()).await)
+}
+
+async fn show_snapshot(
+    State(agent): Shared,
+    Path(query): Path<String>,
+    Query(of): Query<OfEnvironment>,
+) -> Response {
+    document(blocking(move || agent.show_snapshot(&query, of.environment.as_deref())).await)
+}
+
+async fn remove_snapshot(
+    State(agent): Shared,
+    Path(query): Path<String>,
+    Query(of): Query<OfEnvironment>,
+) -> Response {
+    document(blocking(move || agent.remove_snapshot(&query, of.environment.as_deref())).await)
+}
+
+async fn verify_snapshot(
+    State(agent): Shared,
+    Path(query): Path<String>,
+    Query(of): Query<OfEnvironment>,
+) -> Response {
+    events(move |operation| agent.verify_snapshot(&query, of.environment.as_deref(), operation))
+}
+
+async fn diff_snapshots(
+    State(agent): Shared,
+    Path((from, to)): Path<(String, String)>,
+    Query(of): Query<OfEnvironment>,
+) -> Response {
+    document(blocking(move || agent.diff_snapshots(&from, &to, of.environment.as_deref())).await)
+}
+
+/// Joins the client's connection and the machine's serial console.
+async fn console(
+    State(agent): Shared,
+    Path((name, machine)): Path<(String, String)>,
+    request: Request,
+) -> Response {
+    let opened = blocking(move || agent.open_console(&name, &machine)).await;
+    let stream = match opened {
+        Ok(stream) => stream,
+        Err(error) => return failure(&error),
+    };
+    tokio::spawn(async move {
+        let joined = async {
+            let upgraded = hyper::upgrade::on(request).await.map_err(std::io::Error::other)?;
+            let mut client = hyper_util::rt::TokioIo::new(upgraded);
+            let mut console = tokio::net::UnixStream::from_std(stream)?;
+            tokio::io::copy_bidirectional(&mut client, &mut console).await
+        };
+        // Either side closing is how a console ends.
+        if let Err(error) = joined.await {
+            tracing::debug!(%error, "a console ended");
+        }
+    });
+    Response::builder()
+        .status(StatusCode::SWITCHING_PROTOCOLS)
+        .header(header::CONNECTION, "upgrade")
+        .header(header::UPGRADE, "diorama-console")
+        .body(Body::empty())
+        .expect("a response of constants")
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct LogQuery {
+    #[serde(default)]
+    follow: bool,
+    lines: Option<usize>,
+}
+
+/// How often a followed log is looked at.
+const FOLLOW_INTERVAL: std::time::Duration = std::time::Duration::from_millis(200);
+
+async fn log(
+    State(agent): Shared,
+    Path((name, machine)): Path<(String, String)>,
+    Query(query): Query<LogQuery>,
+) -> Response {
+    let found = blocking(move || agent.console_log(&name, &machine, query.lines)).await;
+    let (path, offset) = match found {
+        Ok(found) => found,
+        Err(error) => return failure(&error),
+    };
+    let (sender, receiver) = tokio::sync::mpsc::channel::<Result<Bytes, std::io::Error>>(4);
+    tokio::spawn(async move {
+        let copy = async {
+            let mut file = tokio::fs::File::open(&path).await?;
+            file.seek(std::io::SeekFrom::Start(offset)).await?;
+            let mut chunk = vec![0; 64 * 1024];
+            loop {
+                let read = file.read(&mut chunk).await?;
+                if read > 0 {
+                    if sender.send(Ok(Bytes::copy_from_slice(&chunk[..read]))).await.is_err() {
+                        return Ok(());
+                    }
+                } else if query.follow && !sender.is_closed() && tokio::fs::try_exists(&path).await? {
+                    tokio::time::sleep(FOLLOW_INTERVAL).await;
+                } else {
+                    return Ok::<(), std::io::Error>(());
+                }
+            }
+        };
+        if let Err(error) = copy.await {
+            // The client has gone, or learns of the error by a broken body.
+            let _ = sender.send(Err(error)).await;
+        }
+    });
+    let headers = [(header::CONTENT_TYPE, "application/octet-stream")];
+    (headers, Body::from_stream(ReceiverStream::new(receiver))).into_response()
+}
+
+/// Runs blocking work on a thread of its own.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| Err(defect()))
+}
+
+/// Runs an operation and streams its events.
+fn events<T: Serialize + Send + 'static>(
+    work: impl FnOnce(&Operation) -> Result<T, ApiError> + Send + 'static,
+) -> Response {
+    let (lines, body) = tokio::sync::mpsc::channel::<Result<Bytes, Infallible>>(64);
+    let (notices, mut noticed) = unbounded_channel();
+    let operation = Operation::new(notices);
+    let mut task = tokio::task::spawn_blocking(move || work(&operation));
+    tokio::spawn(async move {
+        // The connection's end is seen here, also while the operation has nothing to say.
+        let result = loop {
+            tokio::select! {
+                biased;
+                Some(notice) = noticed.recv() => {
+                    let event = match notice {
+                        Notice::Progress(progress) => Event::<T>::Progress(progress),
+                        Notice::Warning(message) => Event::Warning { message },
+                    };
+                    // A client that has gone is seen by `closed`.
+                    let _ = lines.send(Ok(line(&event))).await;
+                }
+                () = lines.closed() => {
+                    drop(noticed);
+                    return;
+                }
+                result = &mut task => break result.unwrap_or_else(|_| Err(defect())),
+            }
+        };
+        while let Ok(notice) = noticed.try_recv() {
+            if let Notice::Warning(message) = notice {
+                // As above.
+                let _ = lines.send(Ok(line(&Event::<T>::Warning { message }))).await;
+            }
+        }
+        let event = match result {
+            Ok(result) => Event::Done { result },
+            Err(error) => Event::Failed { error },
+        };
+        // As above.
+        let _ = lines.send(Ok(line(&event))).await;
+    });
+    let headers = [(header::CONTENT_TYPE, "application/x-ndjson")];
+    (headers, Body::from_stream(ReceiverStream::new(body))).into_response()
+}
+
+fn line<T: Serialize>(event: &Event<T>) -> Bytes {
+    let mut line = serde_json::to_vec(event).expect("reports have string keys and no failing serialisers");
+    line.push(b'\n');
+    line.into()
+}
+
+fn document<T: Serialize>(result: Result<T, ApiError>) -> Response {
+    match result {
+        Ok(document) => Json(document).into_response(),
+        Err(error) => failure(&error),
+    }
+}
+
+fn failure(error: &ApiError) -> Response {
+    let status = match error.kind {
+        ErrorKind::NotFound => StatusCode::NOT_FOUND,
+        ErrorKind::Invalid | ErrorKind::Ambiguous | ErrorKind::EnvironmentFile => StatusCode::BAD_REQUEST,
+        ErrorKind::NameInUse | ErrorKind::Busy | ErrorKind::WrongState => StatusCode::CONFLICT,
+        ErrorKind::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    (status, Json(ErrorBody { error: error.clone() })).into_response()
+}
+
+fn defect() -> ApiError {
+    ApiError::new(ErrorKind::Internal, "the agent ran into a defect of its own while it did this")
+        .hint("its log (agent.log in Diorama's state folder) says where; please report it")
+}

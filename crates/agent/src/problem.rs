@@ -1,0 +1,82 @@
+//! From the crates' precise errors to what the user reads: a kind, a message, and what to do.
+
+use std::path::Path;
+
+use diorama_api::{ApiError, ErrorKind};
+use diorama_qemu::qmp::QmpError;
+use diorama_store::StoreError;
+
+use crate::dataplane::CutFailure;
+
+/// An input or output error on a file, with advice where there is some.
+pub(crate) fn io_error(path: &Path, error: &std::io::Error) -> ApiError {
+    let message = format!("{}: {error}", path.display());
+    match error.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => no_space(message),
+        _ => ApiError::new(ErrorKind::Io, message),
+    }
+}
+
+/// A full file system.
+pub(crate) fn no_space(message: impl Into<String>) -> ApiError {
+    ApiError::new(ErrorKind::NoSpace, message).hint(
+        "make room (`diorama snapshot rm`, `diorama down --volumes`), or set DIORAMA_HOME to a larger disk",
+    )
+}
+
+/// A failure of the store.
+pub(crate) fn store_error(error: StoreError) -> ApiError {
+    let message = error.to_string();
+    match error {
+        StoreError::NoSpace { .. } => no_space(message),
+        StoreError::Missing { .. } => {
+            ApiError::new(ErrorKind::NotFound, message).hint("`diorama snapshot list` shows what there is")
+        }
+        StoreError::NotFound { near, .. } => {
+            let hint = if near.is_empty() {
+                "`diorama snapshot list` shows what there is".to_owned()
+            } else {
+                format!("did you mean {}?", near.join(", "))
+            };
+            ApiError::new(ErrorKind::NotFound, message).hint(hint)
+        }
+        StoreError::Ambiguous { matches, .. } => {
+            let names: Vec<String> = matches
+                .iter()
+                .map(|(name, id)| if name.is_empty() { id.short() } else { format!("{name} ({})", id.short()) })
+                .collect();
+            ApiError::new(ErrorKind::Ambiguous, message).hint(format!("say which: {}", names.join(", ")))
+        }
+        StoreError::NameInUse { .. } => ApiError::new(ErrorKind::NameInUse, message)
+            .hint("choose another name, or delete that one with `diorama snapshot rm`"),
+        StoreError::BadName { .. } => ApiError::new(ErrorKind::Invalid, message)
+            .hint("a name has letters, digits, `.`, `_` and `-`, and starts with a letter or digit"),
+        StoreError::Corrupt { .. } => ApiError::new(ErrorKind::Corrupt, message).hint(
+            "the stored data is damaged: `diorama snapshot verify` lists everything that is wrong; another snapshot \
+             may be whole",
+        ),
+        StoreError::NotAStore { .. } | StoreError::UnsupportedStore { .. } | StoreError::UnsupportedSnapshot { .. } => {
+            ApiError::new(ErrorKind::Unsupported, message)
+                .hint("another version of Diorama wrote this, or DIORAMA_HOME is not what you think")
+        }
+        _ => ApiError::new(ErrorKind::Io, message),
+    }
+}
+
+/// A failure of a QEMU monitor.
+pub(crate) fn qmp_error(machine: &str, error: &QmpError) -> ApiError {
+    let error = ApiError::new(ErrorKind::Machine, format!("machine {machine}: {error}"));
+    error.hint("`diorama status` shows whether it still runs; its QEMU log is in the environment's folder")
+}
+
+/// A cut that was undone.
+pub(crate) fn cut_error(failure: &CutFailure) -> ApiError {
+    let kind = match failure {
+        CutFailure::MonitorClosed { .. } => ErrorKind::Machine,
+        CutFailure::Busy => ErrorKind::Busy,
+        _ => ErrorKind::CutFailed,
+    };
+    ApiError::new(kind, failure.to_string()).hint(
+        "nothing of this snapshot remains, and the machines that live run on; `diorama status` shows them",
+    )
+}

@@ -1,0 +1,198 @@
+//! The cache of snapshots' memory: RAM files that restored machines map.
+//!
+//! `RUNTIME/ram/ID/MACHINE` holds each machine's RAM as one sparse file; on tmpfs, so that restore and fork copy
+//! nothing and a restored machine can be snapshotted live again. Files are written once, in a folder
+//! `RUNTIME/ram/new-N`, and renamed when their snapshot is committed. Removing a file does not disturb a machine
+//! that maps it.
+//!
+//! Invariant: everything here can be had from the store again, except in `new-N` folders, which nobody misses.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use diorama_api::ApiError;
+use diorama_store::{SnapshotId, Store, Stored};
+
+use crate::operation::Operation;
+use crate::problem::io_error;
+
+/// How much of the file system the cache leaves to others: a sixteenth.
+const RESERVE_FRACTION: u64 = 16;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct RamCache {
+    folder: PathBuf,
+    /// Where files go that do not fit: on disk.
+    spill: PathBuf,
+    next: AtomicU64,
+    /// Held while files are loaded or evicted.
+    changing: Mutex<()>,
+}
+
+/// A snapshot's RAM files, ready to be mapped.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    pub(crate) folder: PathBuf,
+    /// Files that did not fit the cache: removed once they are mapped and this is dropped.
+    _uncached: Option<NewFiles>,
+}
+
+/// New RAM files on their way to becoming a snapshot's. Dropping it removes them.
+#[derive(Debug)]
+pub(crate) struct NewFiles {
+    folder: PathBuf,
+    in_memory: bool,
+}
+
+impl RamCache {
+    /// Opens the cache and clears what an agent before left unfinished.
+    pub(crate) fn open(runtime: &Path, home: &Path) -> Result<Self, ApiError> {
+        let folder = runtime.join("ram");
+        let spill = home.join("spill");
+        std::fs::create_dir_all(&folder).map_err(|error| io_error(&folder, &error))?;
+        for entry in std::fs::read_dir(&folder).map_err(|error| io_error(&folder, &error))?.flatten() {
+            if entry.file_name().to_string_lossy().starts_with("new-") {
+                remove_folder(&entry.path());
+            }
+        }
+        remove_folder(&spill);
+        Ok(Self { folder, spill, next: AtomicU64::new(1), changing: Mutex::new(()) })
+    }
+
+    /// A folder for new RAM files that will need about `bytes`: in memory when they fit, else on disk.
+    pub(crate) fn begin(&self, bytes: u64, keep: &[SnapshotId]) -> Result<NewFiles, ApiError> {
+        let in_memory = self.make_room(bytes, keep);
+        let name = format!("new-{}", self.next.fetch_add(1, Ordering::Relaxed));
+        let folder = if in_memory { self.folder.join(name) } else { self.spill.join(name) };
+        std::fs::create_dir_all(&folder).map_err(|error| io_error(&folder, &error))?;
+        Ok(NewFiles { folder, in_memory })
+    }
+
+    /// Makes finished files those of a committed snapshot.
+    pub(crate) fn commit(&self, files: NewFiles, id: &SnapshotId) {
+        if !files.in_memory {
+            return;
+        }
+        if let Err(error) = std::fs::rename(&files.folder, self.folder.join(id.to_string())) {
+            tracing::warn!(%error, "a snapshot's memory is not cached");
+        }
+    }
+
+    /// Whether a snapshot's memory is here.
+    pub(crate) fn holds(&self, id: &SnapshotId) -> bool {
+        self.folder.join(id.to_string()).is_dir()
+    }
+
+    /// The folder with a snapshot's RAM files, loaded from the store (and checked) when it is not here yet.
+    /// When memory does not suffice, the store's own files serve.
+    pub(crate) fn load(
+        &self,
+        store: &Store,
+        stored: &Stored,
+        id: &SnapshotId,
+        keep: &[SnapshotId],
+        operation: &Operation,
+    ) -> Result<Loaded, ApiError> {
+        let folder = self.folder.join(id.to_string());
+        if folder.is_dir() {
+            return Ok(Loaded { folder, _uncached: None });
+        }
+        let used: u64 = stored.manifest.machines.iter().map(|machine| machine.ram.used_bytes).sum();
+        let files = self.begin(used, keep)?;
+        let total = used;
+        std::thread::scope(|scope| {
+            let loads: Vec<_> = stored
+                .manifest
+                .machines
+                .iter()
+                .map(|machine| {
+                    let path = files.folder.join(&machine.name);
+                    scope.spawn(move || {
+                        let file = File::create_new(&path).map_err(|error| io_error(&path, &error))?;
+                        store
+                            .copy_ram(stored, &machine.name, &file, &mut |done, _| {
+                                operation.bytes("loading memory", done, total);
+                            })
+                            .map_err(crate::problem::store_error)
+                    })
+                })
+                .collect();
+            loads.into_iter().try_for_each(|load| load.join().expect("loading does not panic"))
+        })?;
+        operation.check()?;
+        if files.in_memory {
+            self.commit(files, id);
+            Ok(Loaded { folder, _uncached: None })
+        } else {
+            operation.warn(
+                "the memory of this snapshot does not fit the RAM cache: the machines run from disk, and cannot be \
+                 snapshotted live until memory is free (`diorama doctor` shows the cache)",
+            );
+            Ok(Loaded { folder: files.folder.clone(), _uncached: Some(files) })
+        }
+    }
+
+    /// Forgets a snapshot's memory.
+    pub(crate) fn remove(&self, id: &SnapshotId) {
+        remove_folder(&self.folder.join(id.to_string()));
+    }
+
+    /// Evicts the longest unused snapshots until `bytes` fit. False when they cannot fit.
+    fn make_room(&self, bytes: u64, keep: &[SnapshotId]) -> bool {
+        let _changing = self.changing.lock().expect("nothing panics in here");
+        while free_bytes(&self.folder).is_none_or(|free| free < bytes) {
+            let Some(oldest) = self.oldest(keep) else { return false };
+            tracing::info!(folder = %oldest.display(), "evicting a snapshot's memory from the cache");
+            remove_folder(&oldest);
+        }
+        true
+    }
+
+    fn oldest(&self, keep: &[SnapshotId]) -> Option<PathBuf> {
+        let keep: Vec<String> = keep.iter().map(ToString::to_string).collect();
+        std::fs::read_dir(&self.folder)
+            .ok()?
+            .flatten()
+            .filter(|entry| {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                !name.starts_with("new-") && !keep.contains(&name)
+            })
+            .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+            .min()
+            .map(|(_, path)| path)
+    }
+}
+
+impl NewFiles {
+    /// The folder that the RAM files go to.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+}
+
+impl Drop for NewFiles {
+    fn drop(&mut self) {
+        // Committed files have been renamed and are not here any more.
+        remove_folder(&self.folder);
+    }
+}
+
+/// What may still be written to the file system of `folder`, in bytes, less the reserve.
+pub(crate) fn free_bytes(folder: &Path) -> Option<u64> {
+    let stat = nix::sys::statvfs::statvfs(folder).ok()?;
+    let block = stat.fragment_size();
+    let reserve = stat.blocks() * block / RESERVE_FRACTION;
+    Some((stat.blocks_available() * block).saturating_sub(reserve))
+}
+
+fn remove_folder(folder: &Path) {
+    match std::fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!(folder = %folder.display(), %error, "cannot remove");
+        }
+        _ => {}
+    }
+}

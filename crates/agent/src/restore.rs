@@ -1,0 +1,503 @@
+//! Bringing snapshots back: in place, after `down`, or as forks.
+//!
+//! The new machines are launched beside the old ones and stand ready, frames in flight loaded, before anything of the
+//! old is touched. So whatever can fail fails while the environment still runs. Then the old machines are killed and
+//! the new ones continued, all at once.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use diorama_api::{
+    ApiError, ErrorKind, ForkReport, ForkRequest, MachineReady, RestoreReport, RestoreRequest,
+};
+use diorama_qemu::capability::{KvmState, kvm_usable};
+use diorama_store::{LayerFormat, MachineState, Stored, StoredFrame};
+use diorama_switch::{Epoch, PortId, Time};
+use diorama_topology::{Environment, EnvironmentName, MacAddress};
+
+use crate::Agent;
+use crate::disks::link_and_extend;
+use crate::launch::{LaunchPlan, Launched, MachinePlan, Saved};
+use crate::operation::Operation;
+use crate::problem::{io_error, store_error};
+use crate::ram_cache::Loaded;
+use crate::record::{
+    AcceleratorRecord, BaseRecord, BootRecord, DiskRecord, FormatRecord, HardwareRecord, LayerRecord,
+    MachineRecord, Phase, Record, Rest,
+};
+use crate::slot::{OperationGuard, Slot};
+use crate::up::{disk_folder, now, remove_tree, remove_unreferenced_disks, socket_folder};
+
+/// The most forks that one command makes: beyond this it is a mistake.
+const MAX_FORKS: u32 = 1000;
+/// How many environments are forked side by side.
+const FORKS_AT_ONCE: usize = 4;
+
+impl Agent {
+    /// Takes an environment back to a snapshot, or brings it up from it.
+    pub(crate) fn restore(
+        &self,
+        environment: Option<&str>,
+        request: &RestoreRequest,
+        operation: &Operation,
+    ) -> Result<RestoreReport, ApiError> {
+        let started = before(request.elapsed_us);
+        let id = self.resolve_snapshot(&request.snapshot, environment)?;
+        let stored = self.store.load(&id).map_err(store_error)?;
+        let name = match environment {
+            Some(name) => name.parse().map_err(|error: diorama_topology::NameError| {
+                ApiError::new(
+                    ErrorKind::Invalid,
+                    format!("`{name}` cannot be an environment's name: {error}"),
+                )
+            })?,
+            None => stored.manifest.specification.name.clone(),
+        };
+        let slot = self.slots.get_or_insert(&name);
+        let guard = slot.begin("restoring", operation)?;
+        let loaded = self.load_memory(&stored, operation);
+        let result = loaded.and_then(|loaded| self.revive(&slot, &stored, &loaded, started, operation));
+        self.clean_up(&slot, result, guard)
+    }
+
+    /// Makes new environments of a snapshot.
+    pub(crate) fn fork(&self, request: &ForkRequest, operation: &Operation) -> Result<ForkReport, ApiError> {
+        let started = before(request.elapsed_us);
+        let id = self.resolve_snapshot(&request.snapshot, request.environment.as_deref())?;
+        let stored = self.store.load(&id).map_err(store_error)?;
+        let slots = self.reserve_names(&stored.manifest.specification.name, request, operation)?;
+        let loaded = self.load_memory(&stored, operation);
+        let loaded = match loaded {
+            Ok(loaded) => loaded,
+            Err(error) => {
+                for (slot, _guard) in slots {
+                    self.slots.remove(&slot.name);
+                }
+                return Err(error);
+            }
+        };
+        operation.step("forking");
+        let mut results = Vec::new();
+        let mut slots = slots.into_iter();
+        loop {
+            let batch: Vec<(Arc<Slot>, OperationGuard)> = slots.by_ref().take(FORKS_AT_ONCE).collect();
+            if batch.is_empty() {
+                break;
+            }
+            let (stored, loaded) = (&stored, &loaded);
+            results.extend(std::thread::scope(|scope| {
+                let forks: Vec<_> = batch
+                    .into_iter()
+                    .map(|(slot, guard)| {
+                        scope.spawn(move || {
+                            let result = self.revive(&slot, stored, loaded, started, operation);
+                            (Arc::clone(&slot), self.clean_up(&slot, result, guard))
+                        })
+                    })
+                    .collect();
+                forks.into_iter().map(|fork| fork.join().expect("forking does not panic")).collect::<Vec<_>>()
+            }));
+        }
+        // All or none: what was made is undone when one of them failed.
+        if results.iter().any(|(_, result)| result.is_err()) {
+            let mut first = None;
+            for (slot, result) in results {
+                match result {
+                    Ok(_) => {
+                        let request = diorama_api::DownRequest { volumes: true };
+                        if let Err(error) = self.down(slot.name.as_str(), request, operation) {
+                            tracing::error!(environment = %slot.name, %error, "a fork could not be undone");
+                        }
+                    }
+                    Err(error) => {
+                        first.get_or_insert(error);
+                    }
+                }
+            }
+            return Err(first.expect("one of them failed"));
+        }
+        Ok(ForkReport { environments: results.into_iter().filter_map(|(_, result)| result.ok()).collect() })
+    }
+
+    /// Launches a snapshot's machines in a slot, and lets them run in the place of what runs there.
+    fn revive(
+        &self,
+        slot: &Arc<Slot>,
+        stored: &Stored,
+        loaded: &Loaded,
+        started: Instant,
+        operation: &Operation,
+    ) -> Result<RestoreReport, ApiError> {
+        let folder = slot.folder(&self.folders);
+        let old = slot.state().record.clone();
+        let generation = old.as_ref().map_or(1, |old| old.generation + 1);
+        let specification = stored.manifest.specification.renamed(slot.name.clone());
+        let epoch = old.as_ref().map_or(0, |old| old.epoch).max(stored.manifest.cut.epoch);
+        let frames = self.store.read_frames(stored).map_err(store_error)?;
+        operation.step("starting machines");
+        let (plans, disks) =
+            self.plan(slot, stored, loaded, &specification, &disk_folder(&folder, generation))?;
+        let described: Vec<(HardwareRecord, BootRecord)> =
+            plans.iter().map(|plan| (plan.hardware.clone(), plan.boot.clone())).collect();
+        let mut launched = self.launch(
+            LaunchPlan {
+                specification: &specification,
+                machines: plans,
+                epoch: Epoch(epoch),
+                runtime_folder: socket_folder(slot, &self.folders, generation),
+                log_folder: folder.join("log"),
+                console_folder: folder.join("console"),
+            },
+            operation,
+        )?;
+        self.load_switch(&mut launched, stored, &specification, &frames)?;
+        let resting = resting(stored);
+        let machines = launched.processes.iter().zip(described).zip(&specification.machines).map(
+            |((process, (hardware, boot)), machine)| MachineRecord {
+                process: *process,
+                hardware,
+                boot,
+                rest: resting.get(machine.name.as_str()).copied(),
+            },
+        );
+        let mut record = Record {
+            phase: Phase::Up,
+            generation,
+            epoch,
+            snapshot: Some(stored.id),
+            started: Some(now()),
+            machines: machines.collect(),
+            retiring: old.as_ref().map(Record::processes).unwrap_or_default(),
+            disks,
+            specification,
+        };
+        operation.check()?;
+        record.save(&folder)?;
+        // From here on there is no way back.
+        let stopping = slot.state().running.take().zip(old.as_ref()).map(|(running, old)| {
+            let sockets = socket_folder(slot, &self.folders, old.generation);
+            self.begin_stopping(running, &old.processes(), &sockets)
+        });
+        let mut ready = Vec::new();
+        let resumed = self.resume_all(&mut launched, &resting, |machine| {
+            ready.push(MachineReady { name: machine.to_owned(), ready_ms: milliseconds(started.elapsed()) });
+        });
+        let ready_ms = milliseconds(started.elapsed());
+        for machine in resting.keys() {
+            ready.push(MachineReady { name: machine.clone(), ready_ms });
+        }
+        let mut state = slot.state();
+        state.running = Some(launched.keep());
+        state.record = Some(record.clone());
+        drop(state);
+        if let Some(stopping) = stopping {
+            stopping.finish();
+        }
+        remove_tree(&folder.join("frozen"));
+        remove_unreferenced_disks(&folder, &record);
+        record.retiring.clear();
+        record.save(&folder)?;
+        slot.state().record = Some(record);
+        resumed?;
+        Ok(RestoreReport {
+            environment: slot.name.to_string(),
+            snapshot: stored.id.to_string(),
+            ready_ms,
+            machines: ready,
+            in_flight_replayed: frames.len() as u64,
+        })
+    }
+
+    /// After a failure, what was there before is there again.
+    fn clean_up<T>(
+        &self,
+        slot: &Arc<Slot>,
+        result: Result<T, ApiError>,
+        guard: OperationGuard,
+    ) -> Result<T, ApiError> {
+        if result.is_err() {
+            let record = slot.state().record.clone();
+            self.forget_generation(slot, record.as_ref());
+        }
+        drop(guard);
+        result
+    }
+
+    fn load_memory(&self, stored: &Stored, operation: &Operation) -> Result<Loaded, ApiError> {
+        let mut keep = self.slots.snapshots_in_use();
+        keep.push(stored.id);
+        self.cache.load(&self.store, stored, &stored.id, &keep, operation)
+    }
+
+    fn plan(
+        &self,
+        slot: &Slot,
+        stored: &Stored,
+        loaded: &Loaded,
+        specification: &Environment,
+        disk_folder: &Path,
+    ) -> Result<(Vec<MachinePlan>, BTreeMap<String, Vec<DiskRecord>>), ApiError> {
+        let mut plans = Vec::new();
+        let mut all_disks = BTreeMap::new();
+        for machine in &specification.machines {
+            let name = machine.name.as_str();
+            let saved = stored.manifest.machine(name).ok_or_else(|| {
+                ApiError::new(ErrorKind::Corrupt, format!("the snapshot's manifest lacks machine {name}"))
+            })?;
+            let disks = self
+                .stored_disks(stored, name)?
+                .iter()
+                .map(|disk| link_and_extend(disk, &disk_folder.join(name)))
+                .collect::<Result<Vec<_>, _>>()?;
+            all_disks.insert(name.to_owned(), disks.clone());
+            plans.push(MachinePlan {
+                hardware: self.stored_hardware(name, &saved.hardware)?,
+                boot: self.stored_boot(slot, stored, saved)?,
+                disks,
+                from: Some(Saved {
+                    ram: loaded.folder.join(name),
+                    state: self.store.read_state(stored, name).map_err(store_error)?,
+                }),
+            });
+        }
+        Ok((plans, all_disks))
+    }
+
+    fn stored_hardware(
+        &self,
+        machine: &str,
+        saved: &diorama_store::Hardware,
+    ) -> Result<HardwareRecord, ApiError> {
+        let qemu = self.hardware.qemu()?;
+        let unsupported = |what: String, hint: &str| {
+            Err(ApiError::new(
+                ErrorKind::Unsupported,
+                format!("machine {machine} cannot be restored here: {what}"),
+            )
+            .hint(hint))
+        };
+        let accelerator = match saved.accelerator.as_str() {
+            "kvm" => AcceleratorRecord::Kvm,
+            _ => AcceleratorRecord::Tcg,
+        };
+        if accelerator == AcceleratorRecord::Kvm && kvm_usable() != KvmState::Usable {
+            return unsupported(
+                "it ran under KVM".to_owned(),
+                "restore it on a computer with KVM (`diorama doctor`)",
+            );
+        }
+        if !qemu.machine_types.iter().any(|known| *known == saved.machine_type) {
+            return unsupported(
+                format!("this QEMU does not know the machine type {}", saved.machine_type),
+                "install a QEMU that does",
+            );
+        }
+        Ok(HardwareRecord {
+            machine_type: saved.machine_type.clone(),
+            cpu_model: saved.cpu_model.clone(),
+            accelerator,
+            vcpus: saved.vcpus,
+            memory_bytes: saved.memory_bytes,
+            tb_size_mib: saved.tb_size_mib.unwrap_or(crate::hardware::TB_SIZE_MIB),
+        })
+    }
+
+    /// Kernel and initrd, linked into the environment's folder: a reboot needs them, and so does the next snapshot.
+    fn stored_boot(
+        &self,
+        slot: &Slot,
+        stored: &Stored,
+        saved: &diorama_store::MachineRecord,
+    ) -> Result<BootRecord, ApiError> {
+        let Some(kernel) = &saved.kernel else { return Ok(BootRecord::Disk) };
+        let folder = slot.folder(&self.folders).join("boot");
+        std::fs::create_dir_all(&folder).map_err(|error| io_error(&folder, &error))?;
+        let link = |blob: &diorama_store::BlobRecord| -> Result<PathBuf, ApiError> {
+            let path = folder.join(&blob.blake3);
+            if !path.is_file() {
+                let source = self.store.blob_file(stored, blob).map_err(store_error)?;
+                diorama_store::link_file(&source, &path).map_err(store_error)?;
+            }
+            Ok(path)
+        };
+        Ok(BootRecord::Kernel {
+            kernel: link(kernel)?,
+            initrd: saved.initrd.as_ref().map(link).transpose()?,
+            cmdline: saved.cmdline.clone().unwrap_or_default(),
+        })
+    }
+
+    fn stored_disks(&self, stored: &Stored, machine: &str) -> Result<Vec<DiskRecord>, ApiError> {
+        let files = self.store.disk_files(stored, machine).map_err(store_error)?;
+        files
+            .into_iter()
+            .map(|disk| {
+                let base = disk.base.map(|base| check_base(&base)).transpose()?;
+                let layers = disk
+                    .layers
+                    .into_iter()
+                    .enumerate()
+                    .map(|(node, layer)| LayerRecord { file: layer.path, node })
+                    .collect();
+                Ok(DiskRecord { name: disk.name, virtual_bytes: disk.virtual_bytes, base, layers })
+            })
+            .collect()
+    }
+
+    /// Puts what the switch knew and the frames in flight into the launched segment.
+    fn load_switch(
+        &self,
+        launched: &mut Launched<'_>,
+        stored: &Stored,
+        specification: &Environment,
+        frames: &[StoredFrame],
+    ) -> Result<(), ApiError> {
+        let running = launched.running();
+        let port = |machine: &str, nic: u16| -> Result<PortId, ApiError> {
+            running
+                .machines
+                .iter()
+                .find(|running| running.name == machine)
+                .and_then(|running| running.ports.get(usize::from(nic)).copied())
+                .ok_or_else(|| {
+                    ApiError::new(
+                        ErrorKind::Corrupt,
+                        format!("the snapshot names NIC {nic} of {machine}, which is none"),
+                    )
+                })
+        };
+        let mut learned = Vec::new();
+        for network in &stored.manifest.networks {
+            let Some(index) =
+                specification.networks.iter().position(|known| known.name.as_str() == network.name)
+            else {
+                continue;
+            };
+            for entry in &network.learned {
+                let mac: MacAddress = entry.mac.parse().map_err(|error: diorama_topology::MacError| {
+                    ApiError::new(ErrorKind::Corrupt, format!("the snapshot's address table: {error}"))
+                })?;
+                learned.push((running.networks[index], mac.bytes(), port(&entry.machine, entry.nic)?));
+            }
+        }
+        let mut replays = Vec::new();
+        for frame in frames {
+            let to = port(&frame.machine, frame.nic)?;
+            replays.push((to, Epoch(frame.colour), frame.after_cut_ns, frame.bytes.clone()));
+        }
+        let segment = running.segment;
+        self.plane.call(move |plane| {
+            let Some(segment) = plane.segment(segment) else { return };
+            for (network, mac, port) in learned {
+                if let Err(error) = segment.switch_mut().learn(network, mac, port, Time(0)) {
+                    tracing::debug!(%error, "an address is learned anew");
+                }
+            }
+            for (to, colour, after_ns, frame) in replays {
+                segment.queue_replay(to, colour, after_ns, frame);
+            }
+        });
+        Ok(())
+    }
+
+    /// Takes the names of new forks, all or none.
+    fn reserve_names(
+        &self,
+        original: &EnvironmentName,
+        request: &ForkRequest,
+        operation: &Operation,
+    ) -> Result<Vec<(Arc<Slot>, OperationGuard)>, ApiError> {
+        let count = request.count.unwrap_or(1);
+        if count == 0 || count > MAX_FORKS {
+            return Err(ApiError::new(ErrorKind::Invalid, format!("cannot make {count} forks at once"))
+                .hint(format!("between 1 and {MAX_FORKS}")));
+        }
+        let names = match (&request.name, count) {
+            (Some(name), 1) => vec![name.clone()],
+            (Some(name), _) => (1..=count).map(|number| format!("{name}-{number}")).collect(),
+            (None, _) => (1_u32..)
+                .map(|number| format!("{original}-fork-{number}"))
+                .filter(|name| name.parse().is_ok_and(|name| !self.slots.contains(&name)))
+                .take(count as usize)
+                .collect(),
+        };
+        let mut reserved: Vec<(Arc<Slot>, OperationGuard)> = Vec::new();
+        let result = names.iter().try_for_each(|text| {
+            let name: EnvironmentName = text.parse().map_err(|error: diorama_topology::NameError| {
+                ApiError::new(
+                    ErrorKind::Invalid,
+                    format!("`{text}` cannot be an environment's name: {error}"),
+                )
+                .hint("choose a short one with `--name`")
+            })?;
+            if self.slots.contains(&name) {
+                return Err(ApiError::new(
+                    ErrorKind::NameInUse,
+                    format!("there is an environment `{name}` already"),
+                )
+                .hint("choose another name with `--name`, or stop that one with `diorama down --volumes`"));
+            }
+            let slot = self.slots.get_or_insert(&name);
+            let guard = slot.begin("forking", operation)?;
+            reserved.push((slot, guard));
+            Ok(())
+        });
+        if let Err(error) = result {
+            for (slot, _guard) in reserved {
+                self.slots.remove(&slot.name);
+            }
+            return Err(error);
+        }
+        Ok(reserved)
+    }
+}
+
+fn resting(stored: &Stored) -> BTreeMap<String, Rest> {
+    stored
+        .manifest
+        .machines
+        .iter()
+        .filter_map(|machine| {
+            let rest = match machine.state {
+                MachineState::Running => return None,
+                MachineState::Paused => Rest::Paused,
+                MachineState::Shutdown => Rest::Shutdown,
+            };
+            Some((machine.name.clone(), rest))
+        })
+        .collect()
+}
+
+/// A base is not stored: it must be where it was, and as it was.
+fn check_base(base: &diorama_store::BaseRecord) -> Result<BaseRecord, ApiError> {
+    let metadata = std::fs::metadata(&base.path).map_err(|error| {
+        ApiError::new(
+            ErrorKind::NotFound,
+            format!("the disk image {} is not there: {error}", base.path.display()),
+        )
+        .hint("the snapshot needs the image that its disk was made of; put it back")
+    })?;
+    if metadata.len() != base.bytes || crate::snapshot::modified(&metadata) != base.modified {
+        return Err(ApiError::new(
+            ErrorKind::Corrupt,
+            format!("the disk image {} has changed since the snapshot was taken", base.path.display()),
+        )
+        .hint("put the image back as it was (with its time: `cp -p`)"));
+    }
+    let format = match base.format {
+        LayerFormat::Raw => FormatRecord::Raw,
+        LayerFormat::Qcow2 => FormatRecord::Qcow2,
+    };
+    Ok(BaseRecord { path: base.path.clone(), format })
+}
+
+fn before(elapsed_us: u64) -> Instant {
+    let now = Instant::now();
+    now.checked_sub(Duration::from_micros(elapsed_us)).unwrap_or(now)
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

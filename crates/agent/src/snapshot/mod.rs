@@ -1,0 +1,377 @@
+//! Taking a snapshot of a running environment.
+//!
+//! The protocol (`diorama-cut`) says what to do next; this module does it and tells the protocol what came of it:
+//!
+//! | action | done in |
+//! | --- | --- |
+//! | prepare: overlays, capture sockets, RAM files, space | [`prepare`] |
+//! | cut: the eight steps | [`crate::dataplane`] |
+//! | stop recording: frames in flight go to the store | [`commit`] |
+//! | captures end, memory and disks go to the store | [`commit`] |
+//! | write the manifest | [`commit`] |
+//! | keep, or discard | here |
+//!
+//! Invariant: dropping an [`Attempt`] at any point leaves the machines running and nothing of the snapshot, unless its
+//! manifest was written.
+
+mod commit;
+mod compact;
+mod frozen;
+mod prepare;
+
+pub(crate) use commit::modified;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use diorama_api::{
+    ApiError, CaptureMode, CreateSnapshotRequest, ErrorKind, InFlightPolicy, MachineState, SnapshotReport,
+};
+use diorama_cut::loopback::{Action, Event, Loopback};
+use diorama_cut::{Config, Epoch, MachineCut, Outcome, Taken};
+use diorama_qemu::capability::{self, BackgroundSnapshot};
+use diorama_store::{SnapshotId, Writer};
+
+use crate::Agent;
+use crate::capture::Capture;
+use crate::dataplane::{CutJob, CutOutcome, Goal};
+use crate::operation::Operation;
+use crate::problem::{cut_error, store_error};
+use crate::ram_cache::NewFiles;
+use crate::record::{LayerRecord, Record};
+use crate::slot::Slot;
+
+/// How long every machine may take from its stop until it runs again, when memory is captured live.
+const LIVE_BOUND: Duration = Duration::from_secs(5);
+/// The same when it stands still meanwhile, for each GiB beyond this.
+const STOP_BOUND: Duration = Duration::from_secs(120);
+
+/// One attempt at a snapshot.
+pub(crate) struct Attempt<'a> {
+    agent: &'a Agent,
+    slot: Arc<Slot>,
+    operation: &'a Operation,
+    started: Instant,
+    record: Record,
+    states: Vec<MachineState>,
+    name: String,
+    message: String,
+    capture: CaptureMode,
+    /// Whether the user did not choose the capture mode, so that another may be taken.
+    may_fall_back: bool,
+    in_flight: InFlightPolicy,
+    writer: Option<Writer>,
+    files: Option<NewFiles>,
+    machines: Vec<Machine>,
+    /// The monitors for the cut, by the machine's place.
+    monitors: Vec<(usize, diorama_qemu::qmp::Client)>,
+    outcome: Option<CutOutcome>,
+    created: String,
+    frames: Option<diorama_store::FileRecord>,
+    written: Vec<diorama_store::MachineRecord>,
+    id: Option<SnapshotId>,
+    /// What went wrong first, in full.
+    error: Option<ApiError>,
+}
+
+/// One machine of the attempt, in the order of the specification.
+struct Machine {
+    name: String,
+    /// Runs, so that it is stopped and resumed.
+    runs: bool,
+    /// Captured before and not moved since: its saved state serves again.
+    frozen: bool,
+    capture: Option<Capture>,
+    /// The overlays that become active at the cut, in the order of the disks.
+    overlays: Vec<LayerRecord>,
+    pivoted: bool,
+    migrating: bool,
+}
+
+impl Agent {
+    /// Takes a snapshot of all machines, live where possible.
+    pub(crate) fn create_snapshot(
+        &self,
+        environment: &str,
+        request: CreateSnapshotRequest,
+        operation: &Operation,
+    ) -> Result<SnapshotReport, ApiError> {
+        let started = Instant::now();
+        let slot = self.slots.get(environment)?;
+        let _guard = slot.begin("a snapshot", operation)?;
+        let record = slot.record_if_up()?;
+        let states = self.machine_states(&slot, &record);
+        refuse_broken(&record, &states)?;
+        let name = self.choose_name(environment, request.name)?;
+        let (capture, may_fall_back) = self.choose_capture(request.capture, operation)?;
+        let mut attempt = Attempt {
+            agent: self,
+            slot: Arc::clone(&slot),
+            operation,
+            started,
+            record,
+            states: states.into_iter().map(|(state, _)| state).collect(),
+            name,
+            message: request.message.unwrap_or_default(),
+            capture,
+            may_fall_back,
+            in_flight: request.in_flight,
+            writer: None,
+            files: None,
+            machines: Vec::new(),
+            monitors: Vec::new(),
+            outcome: None,
+            created: String::new(),
+            frames: None,
+            written: Vec::new(),
+            id: None,
+            error: None,
+        };
+        let id = attempt.run()?;
+        Ok(crate::snapshots::report(&self.store.load(&id).map_err(store_error)?))
+    }
+
+    fn choose_name(&self, environment: &str, wanted: Option<String>) -> Result<String, ApiError> {
+        if let Some(name) = wanted {
+            diorama_store::check_snapshot_name(&name).map_err(|problem| {
+                store_error(diorama_store::StoreError::BadName { name: name.clone(), problem })
+            })?;
+            if let Some(id) = self.store.find_name(environment, &name).map_err(store_error)? {
+                let environment = environment.to_owned();
+                return Err(store_error(diorama_store::StoreError::NameInUse { environment, name, id }));
+            }
+            return Ok(name);
+        }
+        for number in 1_u32.. {
+            let name = format!("s{number}");
+            if self.store.find_name(environment, &name).map_err(store_error)?.is_none() {
+                return Ok(name);
+            }
+        }
+        unreachable!("there are more numbers than snapshots")
+    }
+
+    fn choose_capture(
+        &self,
+        wanted: Option<CaptureMode>,
+        operation: &Operation,
+    ) -> Result<(CaptureMode, bool), ApiError> {
+        if matches!(wanted, Some(CaptureMode::Precopy | CaptureMode::Stop)) {
+            return Ok((wanted.unwrap_or_default(), false));
+        }
+        let usable = capability::background_snapshot_usable(&*self.hardware.qemu()?);
+        if matches!(usable, BackgroundSnapshot::Usable { .. }) {
+            return Ok((CaptureMode::Live, wanted.is_none()));
+        }
+        let (found, hint) = crate::doctor::background_snapshot(&usable);
+        if wanted.is_some() {
+            return Err(ApiError::new(
+                ErrorKind::Unsupported,
+                format!("memory cannot be captured live: {found}"),
+            )
+            .hint(hint.unwrap_or_else(|| "leave `--capture` out to use pre-copy".to_owned())));
+        }
+        operation.warn(format!(
+            "memory cannot be captured live ({found}); using pre-copy, which pauses machines longer{}",
+            hint.map(|hint| format!(". To mend it: {hint}")).unwrap_or_default(),
+        ));
+        Ok((CaptureMode::Precopy, false))
+    }
+}
+
+impl Attempt<'_> {
+    /// Does what the protocol asks for until the snapshot exists or never will.
+    fn run(&mut self) -> Result<SnapshotId, ApiError> {
+        self.compact_disks()?;
+        let mut protocol = Loopback::new(Epoch(self.record.epoch));
+        let config = Config {
+            capture: match self.capture {
+                CaptureMode::Live => diorama_cut::CaptureMode::Live,
+                CaptureMode::Precopy => diorama_cut::CaptureMode::PreCopy,
+                CaptureMode::Stop => diorama_cut::CaptureMode::Stop,
+            },
+            in_flight: match self.in_flight {
+                InFlightPolicy::Record => diorama_cut::InFlight::Record,
+                InFlightPolicy::Drop => diorama_cut::InFlight::Drop,
+            },
+            ..Config::default()
+        };
+        let attempt_id = diorama_cut::SnapshotId(crate::launch::random_bytes());
+        let mut actions: VecDeque<Action> = protocol
+            .start(attempt_id, config, self.started.elapsed())
+            .map_err(|error| ApiError::new(ErrorKind::Internal, error.to_string()))?
+            .into();
+        let mut outcome = None;
+        loop {
+            let event = match actions.pop_front() {
+                Some(Action::Done { outcome: ended, .. }) => {
+                    outcome = Some(ended);
+                    continue;
+                }
+                Some(action) => self.perform(action),
+                // Nothing to do but what goes on in the background: the captures.
+                None if outcome.is_none() => self.store_machines(),
+                None => break,
+            };
+            actions.extend(protocol.handle(event, self.started.elapsed()));
+            if self.operation.is_cancelled() {
+                actions.extend(protocol.handle(Event::Cancel, self.started.elapsed()));
+            }
+        }
+        match (outcome, self.id, self.error.take()) {
+            (Some(Outcome::Committed), Some(id), _) => Ok(id),
+            (_, _, Some(error)) => Err(error),
+            (Some(Outcome::Aborted(reason)), _, None) => {
+                self.operation.check()?;
+                Err(ApiError::new(ErrorKind::CutFailed, format!("the snapshot failed: {reason}"))
+                    .hint("the machines run on; nothing of it remains"))
+            }
+            _ => Err(ApiError::new(ErrorKind::Internal, "the snapshot protocol ended without an outcome")),
+        }
+    }
+
+    fn perform(&mut self, action: Action) -> Event {
+        match action {
+            Action::Prepare { .. } => {
+                let result = self.prepare();
+                self.event(result, Event::Prepared, Event::PrepareFailed)
+            }
+            Action::Cut { epoch } => match self.cut(epoch) {
+                Ok(taken) => Event::CutDone(taken),
+                Err(error) => self.failed(error, Event::CutFailed),
+            },
+            Action::StopRecording => match self.store_frames() {
+                Ok(frames) => Event::RecordingStopped(frames),
+                Err(error) => self.failed(error, Event::CaptureFailed),
+            },
+            Action::WriteManifest { .. } => {
+                let result = self.write_manifest();
+                self.event(result, Event::ManifestWritten, Event::ManifestFailed)
+            }
+            Action::Keep => {
+                self.keep();
+                Event::Finished
+            }
+            Action::Discard { .. } => {
+                self.discard();
+                Event::Finished
+            }
+            Action::Done { .. } => Event::Tick,
+        }
+    }
+
+    /// The eight steps, on the data plane's thread.
+    fn cut(&mut self, epoch: Epoch) -> Result<Taken, ApiError> {
+        // Written before any frame has the new colour: an agent that takes over begins above it.
+        self.record.epoch = epoch.0;
+        self.record.save(&self.slot.folder(&self.agent.folders))?;
+        self.operation.step("cutting");
+        let (segment, machines) = self.cut_machines()?;
+        let bound = if self.capture == CaptureMode::Live { LIVE_BOUND } else { STOP_BOUND };
+        let goal = Goal::Snapshot {
+            epoch: diorama_switch::Epoch(epoch.0),
+            in_flight: match self.in_flight {
+                InFlightPolicy::Record => diorama_switch::InFlight::Record,
+                InFlightPolicy::Drop => diorama_switch::InFlight::Drop,
+            },
+        };
+        let cut = self.agent.plane.cut(segment, CutJob { goal, machines, bound });
+        self.created = crate::up::now();
+        let outcome = cut.recv().expect("the data plane answers every cut");
+        for (machine, result) in self.machines.iter_mut().zip(&outcome.machines) {
+            machine.pivoted = result.pivoted;
+            machine.migrating = result.migrating;
+        }
+        self.take_pivoted_overlays()?;
+        if let Some(failure) = &outcome.failure {
+            return Err(cut_error(failure));
+        }
+        let machines = outcome
+            .machines
+            .iter()
+            .map(|machine| MachineCut {
+                machine: machine.name.clone(),
+                cut_at_us: machine.cut_at.map_or(0, |at| at.0 / 1000),
+                pause_us: machine.pause_us,
+                stall_us: machine.stall_us,
+            })
+            .collect();
+        self.outcome = Some(outcome);
+        Ok(Taken { machines, sent: Vec::new() })
+    }
+
+    /// The overlays are active from the pivot on, whatever becomes of the snapshot.
+    fn take_pivoted_overlays(&mut self) -> Result<(), ApiError> {
+        for machine in self.machines.iter_mut().filter(|machine| machine.pivoted) {
+            let disks = self.record.disks.get_mut(&machine.name).into_iter().flatten();
+            for (disk, overlay) in disks.zip(machine.overlays.drain(..)) {
+                disk.layers.push(overlay);
+            }
+        }
+        self.record.save(&self.slot.folder(&self.agent.folders))?;
+        self.slot.state().record = Some(self.record.clone());
+        Ok(())
+    }
+
+    fn keep(&mut self) {
+        let Some(id) = self.id else { return };
+        if let Some(files) = self.files.take() {
+            self.agent.cache.commit(files, &id);
+        }
+        self.freeze_resting(&id);
+        self.record.snapshot = Some(id);
+        if let Err(error) = self.record.save(&self.slot.folder(&self.agent.folders)) {
+            self.operation
+                .warn(format!("the snapshot exists, but the environment's record was not updated: {error}"));
+        }
+        self.slot.state().record = Some(self.record.clone());
+    }
+
+    fn discard(&mut self) {
+        for machine in &mut self.machines {
+            if machine.migrating {
+                self.agent.cancel_migration(&self.slot, &machine.name);
+            }
+            // Ends the thread, which may still read.
+            machine.capture = None;
+        }
+        self.remove_unused_overlays();
+        self.files = None;
+        if let Some(writer) = self.writer.take()
+            && let Err(error) = writer.abort()
+        {
+            tracing::error!(%error, "a partial snapshot is left; the next agent removes it");
+        }
+        // The epoch went up all the same.
+        self.slot.state().record = Some(self.record.clone());
+    }
+
+    fn event(&mut self, result: Result<(), ApiError>, done: Event, failed: fn(String) -> Event) -> Event {
+        match result {
+            Ok(()) => done,
+            Err(error) => self.failed(error, failed),
+        }
+    }
+
+    fn failed(&mut self, error: ApiError, event: fn(String) -> Event) -> Event {
+        let mut detail = error.message.clone();
+        detail.truncate(detail.floor_char_boundary(diorama_cut::message::MAX_DETAIL_BYTES));
+        self.error.get_or_insert(error);
+        event(detail)
+    }
+}
+
+fn refuse_broken(record: &Record, states: &[(MachineState, Option<String>)]) -> Result<(), ApiError> {
+    for (machine, (state, reason)) in record.specification.machines.iter().zip(states) {
+        if matches!(state, MachineState::Dead | MachineState::Crashed | MachineState::Starting) {
+            let reason = reason.as_deref().map(|reason| format!(" ({reason})")).unwrap_or_default();
+            return Err(ApiError::new(
+                ErrorKind::WrongState,
+                format!("machine {} cannot be captured: it is not running{reason}", machine.name),
+            )
+            .hint("`diorama restore SNAPSHOT` brings the environment back, `diorama down` and `up` start it anew"));
+        }
+    }
+    Ok(())
+}

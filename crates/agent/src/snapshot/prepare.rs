@@ -1,0 +1,371 @@
+//! The prepare round: all slow work, while machines run.
+
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use diorama_api::{ApiError, CaptureMode, ErrorKind, MachineState};
+use diorama_qemu::command_line::{DiskFormat, DiskLayer, blockdev, format_node};
+use diorama_qemu::qmp::{Client, QmpError};
+use serde_json::json;
+
+use super::{Attempt, Machine};
+use crate::Agent;
+use crate::capture::{Capture, CaptureError};
+use crate::dataplane::{AfterStop, CutMachine, Resume, SegmentId};
+use crate::disks::new_layer;
+use crate::launch::{COMMAND_LIMIT, SocketPaths};
+use crate::problem::{io_error, no_space, qmp_error, store_error};
+use crate::record::DiskRecord;
+use crate::slot::Slot;
+use crate::up::{disk_folder, socket_folder};
+
+/// The name under which QEMU gets the capture's socket.
+const CAPTURE_FD: &str = "capture";
+/// What pre-copy may take for its last round, in milliseconds: as little as can be said.
+const DOWNTIME_LIMIT_MS: u64 = 1;
+/// Disk space that a snapshot leaves free, in bytes.
+const DISK_RESERVE_BYTES: u64 = 64 << 20;
+
+/// What one machine needs to be prepared; kept apart from the attempt so that machines are prepared side by side.
+struct Plan {
+    index: usize,
+    name: String,
+    memory_bytes: u64,
+    capture: CaptureMode,
+    ram_path: PathBuf,
+    cut_monitor: PathBuf,
+    overlay_folder: PathBuf,
+    disks: Vec<DiskRecord>,
+}
+
+impl Attempt<'_> {
+    pub(super) fn prepare(&mut self) -> Result<(), ApiError> {
+        self.operation.step("preparing");
+        self.operation.check()?;
+        let needed = self.expected_bytes();
+        self.check_space(needed)?;
+        self.writer = Some(self.agent.store.begin().map_err(store_error)?);
+        let keep = self.agent.slots.snapshots_in_use();
+        let files = self.agent.cache.begin(needed, &keep)?;
+        let ram_folder = files.folder().to_owned();
+        self.files = Some(files);
+        self.machines = self
+            .record
+            .specification
+            .machines
+            .iter()
+            .zip(&self.states)
+            .map(|(machine, state)| Machine {
+                name: machine.name.to_string(),
+                runs: *state == MachineState::Running,
+                frozen: self.agent.is_frozen(&self.slot, machine.name.as_str()),
+                capture: None,
+                overlays: Vec::new(),
+                pivoted: false,
+                migrating: false,
+            })
+            .collect();
+        match self.prepare_machines(&ram_folder) {
+            Err(error) if self.may_fall_back && error.kind == ErrorKind::Unsupported => {
+                self.operation
+                    .warn(format!("{}; using pre-copy, which pauses machines longer", error.message));
+                self.capture = CaptureMode::Precopy;
+                self.may_fall_back = false;
+                self.undo_preparation(&ram_folder)?;
+                self.prepare_machines(&ram_folder)
+            }
+            result => result,
+        }
+    }
+
+    fn prepare_machines(&mut self, ram_folder: &std::path::Path) -> Result<(), ApiError> {
+        let sockets = socket_folder(&self.slot, &self.agent.folders, self.record.generation);
+        let folder = self.slot.folder(&self.agent.folders);
+        let plans: Vec<Plan> = self
+            .machines
+            .iter()
+            .enumerate()
+            .filter(|(_, machine)| !machine.frozen)
+            .map(|(index, machine)| Plan {
+                index,
+                name: machine.name.clone(),
+                memory_bytes: self.record.specification.machines[index].memory_bytes,
+                capture: if machine.runs { self.capture } else { CaptureMode::Stop },
+                ram_path: ram_folder.join(&machine.name),
+                cut_monitor: SocketPaths::new(&sockets, index).cut_monitor,
+                overlay_folder: disk_folder(&folder, self.record.generation).join(&machine.name),
+                disks: self.record.disks.get(&machine.name).cloned().unwrap_or_default(),
+            })
+            .collect();
+        let results: Vec<(usize, Prepared)> = std::thread::scope(|scope| {
+            let preparations: Vec<_> =
+                plans.iter().map(|plan| scope.spawn(move || (plan.index, prepare_one(plan)))).collect();
+            preparations
+                .into_iter()
+                .map(|preparation| preparation.join().expect("preparing does not panic"))
+                .collect()
+        });
+        let mut failure = None;
+        for (index, prepared) in results {
+            let machine = &mut self.machines[index];
+            machine.overlays = prepared.overlays;
+            machine.capture = prepared.capture;
+            machine.migrating = prepared.migrating;
+            match prepared.monitor {
+                Ok(monitor) => self.monitors.push((index, monitor)),
+                Err(error) => {
+                    failure.get_or_insert(error);
+                }
+            }
+        }
+        match failure {
+            Some(error) => Err(error),
+            None => self.operation.check(),
+        }
+    }
+
+    /// Takes back what was prepared, to prepare anew.
+    fn undo_preparation(&mut self, ram_folder: &std::path::Path) -> Result<(), ApiError> {
+        self.monitors.clear();
+        for machine in &mut self.machines {
+            if machine.migrating {
+                self.agent.cancel_migration(&self.slot, &machine.name);
+                machine.migrating = false;
+            }
+            machine.capture = None;
+        }
+        self.remove_unused_overlays();
+        for machine in &self.machines {
+            let path = ram_folder.join(&machine.name);
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(io_error(&path, &error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// What the data plane needs for the cut.
+    pub(super) fn cut_machines(&mut self) -> Result<(SegmentId, Vec<CutMachine>), ApiError> {
+        let mut monitors = std::mem::take(&mut self.monitors);
+        let state = self.slot.state();
+        let running = state.running.as_ref().ok_or_else(|| {
+            ApiError::new(ErrorKind::WrongState, format!("environment `{}` has no machines", self.slot.name))
+        })?;
+        let mut machines = Vec::new();
+        for (index, machine) in self.machines.iter().enumerate() {
+            let connected = &running.machines[index];
+            let monitor =
+                monitors.iter().position(|(of, _)| *of == index).map(|at| monitors.swap_remove(at).1);
+            let monitor = monitor
+                .map(Client::into_parts)
+                .transpose()
+                .map_err(|error| ApiError::new(ErrorKind::Io, error.to_string()))?;
+            let mut after_stop = Vec::new();
+            if !machine.overlays.is_empty() {
+                after_stop.push(self.pivot(machine));
+            }
+            if !machine.frozen && !machine.migrating {
+                after_stop.push(AfterStop {
+                    command: "migrate",
+                    arguments: json!({"uri": format!("fd:{CAPTURE_FD}")}),
+                });
+            }
+            machines.push(CutMachine {
+                name: machine.name.clone(),
+                ports: connected.ports.clone(),
+                monitor,
+                running: machine.runs,
+                vcpu_threads: connected.vcpu_threads.clone(),
+                after_stop,
+                resume: match (machine.runs, self.capture) {
+                    (false, _) => Resume::Never,
+                    (true, CaptureMode::Live) => Resume::ByItself,
+                    (true, CaptureMode::Precopy | CaptureMode::Stop) => Resume::AfterMigration,
+                },
+                gate: machine.capture.as_ref().map(Capture::gate),
+            });
+        }
+        Ok((running.segment, machines))
+    }
+
+    /// Removes the overlays that no pivot has made active.
+    pub(super) fn remove_unused_overlays(&mut self) {
+        for machine in &mut self.machines {
+            let disks = self.record.disks.get(&machine.name).cloned().unwrap_or_default();
+            for (disk, overlay) in disks.iter().zip(machine.overlays.drain(..)) {
+                self.agent.delete_node(&self.slot, &machine.name, &format_node(&disk.name, overlay.node));
+                if let Err(error) = std::fs::remove_file(&overlay.file) {
+                    tracing::warn!(file = %overlay.file.display(), %error, "an unused overlay cannot be removed");
+                }
+            }
+        }
+    }
+
+    /// One transaction that makes every overlay the active layer of its disk.
+    fn pivot(&self, machine: &Machine) -> AfterStop {
+        let disks = self.record.disks.get(&machine.name).into_iter().flatten();
+        let actions: Vec<_> = disks
+            .zip(&machine.overlays)
+            .map(|(disk, overlay)| {
+                let active = disk.layers.last().map_or(0, |layer| layer.node);
+                json!({"type": "blockdev-snapshot", "data": {
+                    "node": format_node(&disk.name, active),
+                    "overlay": format_node(&disk.name, overlay.node),
+                }})
+            })
+            .collect();
+        AfterStop { command: "transaction", arguments: json!({"actions": actions}) }
+    }
+
+    /// About how many bytes of memory the snapshot will have: what the machines' processes occupy.
+    fn expected_bytes(&self) -> u64 {
+        let resident = |pid: u32| -> Option<u64> {
+            let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+            let pages: u64 = statm.split(' ').nth(1)?.parse().ok()?;
+            Some(pages * 4096)
+        };
+        let machines = self.record.machines.iter().zip(&self.record.specification.machines);
+        machines
+            .map(|(machine, spec)| {
+                resident(machine.process.pid).map_or(spec.memory_bytes, |bytes| bytes.min(spec.memory_bytes))
+            })
+            .sum()
+    }
+
+    fn check_space(&self, needed: u64) -> Result<(), ApiError> {
+        let free = self.agent.store.free_bytes().map_err(store_error)?;
+        if free < needed + DISK_RESERVE_BYTES {
+            return Err(no_space(format!(
+                "the snapshot may need {} MiB on disk, and {} MiB are free",
+                (needed + DISK_RESERVE_BYTES) >> 20,
+                free >> 20,
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// What preparing one machine made, whether or not all of it succeeded.
+struct Prepared {
+    overlays: Vec<crate::record::LayerRecord>,
+    capture: Option<Capture>,
+    migrating: bool,
+    monitor: Result<Client, ApiError>,
+}
+
+fn prepare_one(plan: &Plan) -> Prepared {
+    let mut prepared = Prepared {
+        overlays: Vec::new(),
+        capture: None,
+        migrating: false,
+        monitor: Err(unprepared(&plan.name)),
+    };
+    prepared.monitor = fill(plan, &mut prepared);
+    prepared
+}
+
+fn fill(plan: &Plan, prepared: &mut Prepared) -> Result<Client, ApiError> {
+    let failed = |error: QmpError| qmp_error(&plan.name, &error);
+    let mut monitor = Client::connect(&plan.cut_monitor, Instant::now() + COMMAND_LIMIT).map_err(failed)?;
+    let live = plan.capture == CaptureMode::Live;
+    let capabilities = json!({"capabilities": [
+        {"capability": "events", "state": true},
+        {"capability": "background-snapshot", "state": live},
+    ]});
+    match monitor.execute("migrate-set-capabilities", capabilities, COMMAND_LIMIT) {
+        Err(QmpError::Command { desc, .. }) if live => {
+            return Err(ApiError::new(
+                ErrorKind::Unsupported,
+                format!("machine {}: memory cannot be captured live ({desc})", plan.name),
+            )
+            .hint("`--capture precopy` works; `diorama doctor` says what live capture needs"));
+        }
+        result => result.map_err(failed)?,
+    };
+    if !live {
+        let parameters = json!({"max-bandwidth": i64::MAX, "downtime-limit": DOWNTIME_LIMIT_MS});
+        monitor.execute("migrate-set-parameters", parameters, COMMAND_LIMIT).map_err(failed)?;
+    }
+    for disk in &plan.disks {
+        prepare_disk(plan, disk, prepared, &mut monitor)?;
+    }
+    let gated = plan.capture == CaptureMode::Precopy;
+    let (capture, theirs) = Capture::start(&plan.name, plan.ram_path.clone(), plan.memory_bytes, gated)
+        .map_err(|error| capture_error(&error))?;
+    prepared.capture = Some(capture);
+    monitor.send_fd(theirs.as_fd(), CAPTURE_FD, COMMAND_LIMIT).map_err(failed)?;
+    drop(theirs);
+    if gated {
+        let arguments = json!({"uri": format!("fd:{CAPTURE_FD}")});
+        monitor.execute("migrate", arguments, COMMAND_LIMIT).map_err(failed)?;
+        prepared.migrating = true;
+        if let Some(capture) = &prepared.capture {
+            capture.wait_for_gate();
+        }
+    }
+    Ok(monitor)
+}
+
+fn prepare_disk(
+    plan: &Plan,
+    disk: &DiskRecord,
+    prepared: &mut Prepared,
+    monitor: &mut Client,
+) -> Result<(), ApiError> {
+    let Some(active) = disk.layers.last() else { return Ok(()) };
+    // What is dirty now need not be written while the machine stands still.
+    std::fs::File::open(&active.file)
+        .and_then(|file| file.sync_data())
+        .map_err(|error| io_error(&active.file, &error))?;
+    let node = active.node + 1;
+    let overlay = new_layer(&plan.overlay_folder, &disk.name, node, disk.virtual_bytes)?;
+    let layer = DiskLayer { path: overlay.file.clone(), format: DiskFormat::Qcow2 };
+    prepared.overlays.push(overlay);
+    let arguments = blockdev(&disk.name, node, &layer, false, None)
+        .map_err(|error| ApiError::new(ErrorKind::Internal, error.to_string()))?;
+    monitor
+        .execute("blockdev-add", arguments, COMMAND_LIMIT)
+        .map_err(|error| qmp_error(&plan.name, &error))?;
+    Ok(())
+}
+
+/// A capture's failure, as the user reads it.
+pub(super) fn capture_error(error: &CaptureError) -> ApiError {
+    if error.is_no_space() {
+        return no_space(format!("{error}; the memory does not fit"));
+    }
+    match error {
+        CaptureError::RamFile { path, source } => io_error(path, source),
+        _ => ApiError::new(ErrorKind::Machine, error.to_string())
+            .hint("QEMU may have died: `diorama status` shows it. The other machines run on"),
+    }
+}
+
+fn unprepared(machine: &str) -> ApiError {
+    ApiError::new(ErrorKind::Internal, format!("machine {machine} was not prepared"))
+}
+
+impl Agent {
+    /// Stops a migration that nobody wants any more. The machine's monitor may be gone with the machine.
+    pub(super) fn cancel_migration(&self, slot: &Slot, machine: &str) {
+        self.try_command(slot, machine, "migrate_cancel", serde_json::Value::Null);
+    }
+
+    /// Removes a block node that is not in use.
+    pub(super) fn delete_node(&self, slot: &Slot, machine: &str, node: &str) {
+        self.try_command(slot, machine, "blockdev-del", json!({"node-name": node}));
+    }
+
+    fn try_command(&self, slot: &Slot, machine: &str, command: &str, arguments: serde_json::Value) {
+        let mut state = slot.state();
+        if let Some(monitor) = state.machine(machine).and_then(|machine| machine.monitor.as_mut())
+            && let Err(error) = monitor.execute(command, arguments, COMMAND_LIMIT)
+        {
+            tracing::info!(machine, command, %error, "undoing part of a snapshot");
+        }
+    }
+}

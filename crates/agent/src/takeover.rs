@@ -1,0 +1,207 @@
+//! Taking back the machines of an agent that ended, by a crash or a stop.
+//!
+//! Machines run on without their agent; only their network stands still. For each machine that lives: its monitor is
+//! connected; its ports are connected; it is stopped for a moment, which makes QEMU send whatever it holds for the
+//! network (the rest of a half-sent frame may be first, and is skipped); and it is continued.
+//!
+//! A machine that stands still without a reason in its record was left so by an agent that died within a cut: it is
+//! continued as well.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use diorama_api::ApiError;
+use diorama_qemu::command_line::{file_node, format_node};
+use diorama_qemu::process::ProcessId;
+use diorama_qemu::qmp::{Client, QmpError};
+use diorama_switch::{Epoch, PortId};
+use serde_json::{Value, json};
+
+use crate::Agent;
+use crate::dataplane::{Segment, SegmentId};
+use crate::launch::{COMMAND_LIMIT, SocketPaths, build_switch, find_vcpu_threads, nic_socket};
+use crate::problem::io_error;
+use crate::record::{DiskRecord, LayerRecord, Phase, Record};
+use crate::slot::{Running, RunningMachine, Slot};
+use crate::up::{disk_folder, remove_tree, remove_unreferenced_disks, socket_folder};
+
+/// How long a machine may take to answer a new agent.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
+impl Agent {
+    /// Takes back every environment that has a record.
+    pub(crate) fn take_over_all(&self) -> Result<(), ApiError> {
+        let folder = self.folders.environments();
+        std::fs::create_dir_all(&folder).map_err(|error| io_error(&folder, &error))?;
+        for entry in std::fs::read_dir(&folder).map_err(|error| io_error(&folder, &error))?.flatten() {
+            let name = entry.file_name();
+            let Some(name) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+            match Record::load(&entry.path()) {
+                // Begun and never finished: nothing of it ever ran.
+                Ok(None) => remove_tree(&entry.path()),
+                Ok(Some(record)) => {
+                    let slot = self.slots.get_or_insert(&name);
+                    self.take_over(&slot, record);
+                }
+                Err(error) => tracing::error!(environment = %name, %error, "an environment is left alone"),
+            }
+        }
+        Ok(())
+    }
+
+    fn take_over(&self, slot: &Arc<Slot>, mut record: Record) {
+        let folder = slot.folder(&self.folders);
+        for process in std::mem::take(&mut record.retiring) {
+            if let Err(error) = ProcessId::from(process).kill() {
+                tracing::error!(%error, "a replaced machine cannot be killed");
+            }
+        }
+        if record.phase == Phase::Up {
+            // Frames of an unfinished cut may have had this colour already.
+            let (switch, networks, ports) = build_switch(&record.specification, Epoch(record.epoch));
+            let macs = record
+                .specification
+                .machines
+                .iter()
+                .flat_map(|machine| &machine.nics)
+                .map(|nic| nic.mac.bytes());
+            let all_ports: Vec<(PortId, [u8; 6])> = ports.iter().flatten().copied().zip(macs).collect();
+            let segment_networks = networks.clone();
+            let segment = self
+                .plane
+                .call(move |plane| plane.attach(|id| Segment::new(id, switch, segment_networks, all_ports)));
+            let mut running = Running { segment, networks, machines: Vec::new() };
+            for (index, ports) in ports.into_iter().enumerate() {
+                let name = record.specification.machines[index].name.to_string();
+                let taken = self.take_machine(slot, &mut record, index, segment, &ports);
+                let (monitor, vcpu_threads) = match taken {
+                    Ok((monitor, threads)) => (Some(monitor), threads),
+                    Err(error) => {
+                        tracing::warn!(environment = %slot.name, machine = name, %error, "a machine is gone");
+                        (None, Vec::new())
+                    }
+                };
+                running.machines.push(RunningMachine { name, monitor, ports, vcpu_threads, spawned: None });
+            }
+            tracing::info!(environment = %slot.name, machines = running.machines.len(), "taken back");
+            slot.state().running = Some(running);
+        }
+        remove_unreferenced_disks(&folder, &record);
+        if let Err(error) = record.save(&folder) {
+            tracing::error!(environment = %slot.name, %error, "the record cannot be saved");
+        }
+        slot.state().record = Some(record);
+    }
+
+    fn take_machine(
+        &self,
+        slot: &Slot,
+        record: &mut Record,
+        index: usize,
+        segment: SegmentId,
+        ports: &[PortId],
+    ) -> Result<(Client, Vec<u32>), TakeError> {
+        let machine = &record.machines[index];
+        if !ProcessId::from(machine.process).is_alive().unwrap_or(false) {
+            return Err(TakeError::Dead);
+        }
+        let sockets = socket_folder(slot, &self.folders, record.generation);
+        let deadline = Instant::now() + ANSWER_LIMIT;
+        let mut monitor = Client::connect(&SocketPaths::new(&sockets, index).monitor, deadline)?;
+        let mut streams = Vec::new();
+        for nic in 0..ports.len() {
+            let path = nic_socket(&sockets, index, nic);
+            streams.push(UnixStream::connect(&path).map_err(|source| TakeError::Port { source })?);
+        }
+        // Only a connection that QEMU has taken gets what it holds.
+        for _ in ports {
+            monitor.wait_event(&["NETDEV_STREAM_CONNECTED"], deadline)?;
+        }
+        let was_running = monitor.execute("query-status", Value::Null, COMMAND_LIMIT)?["running"] == true;
+        if was_running {
+            monitor.execute("stop", Value::Null, COMMAND_LIMIT)?;
+        }
+        for (port, stream) in ports.iter().copied().zip(streams) {
+            self.plane
+                .call(move |plane| plane.connect(segment, port, stream, true))
+                .map_err(|source| TakeError::Port { source })?;
+        }
+        let name = record.specification.machines[index].name.to_string();
+        let folder = disk_folder(&slot.folder(&self.folders), record.generation).join(&name);
+        for disk in record.disks.get_mut(&name).into_iter().flatten() {
+            reconcile(&mut monitor, disk, &folder)?;
+        }
+        let threads = find_vcpu_threads(&mut monitor)?;
+        match machine_rest(record, index) {
+            Some(crate::record::Rest::Paused) => {
+                let held = ports.to_vec();
+                self.plane.call(move |plane| {
+                    if let Some(segment) = plane.segment(segment) {
+                        segment.hold(&held);
+                    }
+                });
+            }
+            Some(crate::record::Rest::Shutdown) => {}
+            None => {
+                // Nothing to cancel is an error that says so.
+                let _ = monitor.execute("migrate_cancel", Value::Null, COMMAND_LIMIT);
+                let status = monitor.execute("query-status", Value::Null, COMMAND_LIMIT)?;
+                let stands = matches!(
+                    status["status"].as_str(),
+                    Some("paused" | "postmigrate" | "prelaunch" | "finish-migrate")
+                );
+                if was_running || stands {
+                    monitor.execute("cont", Value::Null, COMMAND_LIMIT)?;
+                }
+            }
+        }
+        Ok((monitor, threads))
+    }
+}
+
+/// Why a machine cannot be taken back.
+#[derive(Debug, thiserror::Error)]
+enum TakeError {
+    #[error("its process has ended")]
+    Dead,
+    #[error(transparent)]
+    Monitor(#[from] QmpError),
+    #[error("its network port cannot be connected: {source}")]
+    Port { source: std::io::Error },
+}
+
+fn machine_rest(record: &Record, index: usize) -> Option<crate::record::Rest> {
+    record.machines[index].rest
+}
+
+/// An agent that died within a cut may have left an overlay that is active and not recorded, or one that is recorded
+/// nowhere and in use by nobody.
+fn reconcile(monitor: &mut Client, disk: &mut DiskRecord, folder: &Path) -> Result<(), QmpError> {
+    let Some(last) = disk.layers.last().map(|layer| layer.node) else { return Ok(()) };
+    let next = last + 1;
+    let node = format_node(&disk.name, next);
+    let file = folder.join(&disk.name).join(format!("{next}.qcow2"));
+    let blocks = monitor.execute("query-block", Value::Null, COMMAND_LIMIT)?;
+    let is_active = blocks
+        .as_array()
+        .into_iter()
+        .flatten()
+        .any(|block| block["inserted"]["node-name"].as_str() == Some(node.as_str()));
+    if is_active {
+        disk.layers.push(LayerRecord { file, node: next });
+        return Ok(());
+    }
+    for node in [node, file_node(&disk.name, next)] {
+        // Most often there is no such node.
+        let _ = monitor.execute("blockdev-del", json!({"node-name": node}), COMMAND_LIMIT);
+    }
+    match std::fs::remove_file(&file) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!(file = %file.display(), %error, "an unused overlay cannot be removed");
+        }
+        _ => {}
+    }
+    Ok(())
+}
