@@ -3,8 +3,15 @@
 //! The capture thread does nothing but read, parse and write pages into the RAM file: a full socket would stall
 //! the guest's writes. Hashing and storing follow when it is done.
 //!
-//! In pre-copy, the *gate* stops reading when most of the memory has come, and so keeps QEMU from finishing by
-//! itself: the end must come at the cut, after the machine was drained and stopped by us.
+//! A *gate* keeps QEMU waiting for its reader, and so decides when it goes on:
+//!
+//! - in a live capture, `migrate` is sent while the machine runs. QEMU then reads every page once, which takes tens of
+//!   milliseconds for each GiB, and writes the stream's beginning; but the socket was filled to the brim before it
+//!   was handed over, so there it waits, without holding up the machine. When the machine has been stopped, the gate
+//!   opens, and all that is left in the pause is saving the devices and protecting the memory. (From QEMU 9.0 on, the
+//!   beginning is written under the big lock, and waiting would hang the monitor: `migrate` is sent after the stop.)
+//! - in pre-copy, the gate closes when most of the memory has come, and so keeps QEMU from finishing by itself: the
+//!   end must come at the cut, after the machine was drained and stopped by us.
 
 use std::fs::File;
 use std::io::Read;
@@ -25,6 +32,17 @@ const CHUNK_BYTES: usize = 1 << 20;
 const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 /// In pre-copy, the part of the memory that comes before the gate closes, in percent.
 const GATE_PERCENT: u64 = 90;
+
+/// When the capture waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Gating {
+    /// Never.
+    Open,
+    /// From the first byte on, and QEMU finds the socket full.
+    FromStart,
+    /// When most of the memory has come.
+    AfterMost,
+}
 
 /// What came of a capture.
 #[derive(Debug)]
@@ -70,6 +88,12 @@ pub(crate) struct Capture {
 pub(crate) struct GateHandle(Arc<Gate>);
 
 impl GateHandle {
+    /// Makes room for the stream's beginning, so that QEMU goes on. The pages that follow fill the socket and wait:
+    /// nobody is to copy pages while another machine still stands.
+    pub(crate) fn set_ajar(&self) {
+        self.0.set(|state| state.ajar = true);
+    }
+
     /// Lets the rest of the stream in.
     pub(crate) fn open(&self) {
         self.0.set(|state| state.open = true);
@@ -84,6 +108,8 @@ struct Gate {
 
 #[derive(Debug, Default)]
 struct GateState {
+    /// What fills the socket may be read, and no more.
+    ajar: bool,
     open: bool,
     /// The stream has come to the gate, or to its end.
     reached: bool,
@@ -97,15 +123,19 @@ impl Capture {
         machine: &str,
         ram_path: PathBuf,
         memory_bytes: u64,
-        gated: bool,
+        gating: Gating,
     ) -> Result<(Self, OwnedFd), CaptureError> {
         let name = machine.to_owned();
         let failed = |source| CaptureError::Read { machine: name.clone(), source };
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
-        // Root may have more than the usual bound; others take what they get.
-        if setsockopt(&theirs, sockopt::SndBufForce, &SOCKET_BUFFER_BYTES).is_err() {
-            let _ = setsockopt(&theirs, sockopt::SndBuf, &SOCKET_BUFFER_BYTES);
-        }
+        let filler_bytes = match gating {
+            Gating::FromStart => fill(&theirs).map_err(failed)?,
+            Gating::Open | Gating::AfterMost => {
+                enlarge(&theirs);
+                0
+            }
+        };
+        let theirs_too = theirs.try_clone().map_err(failed)?;
         let file = File::options()
             .read(true)
             .write(true)
@@ -113,14 +143,15 @@ impl Capture {
             .open(&ram_path)
             .map_err(|source| CaptureError::RamFile { path: ram_path.clone(), source })?;
         let gate = Arc::new(Gate::default());
-        gate.state.lock().expect("nothing panics with it").open = !gated;
+        gate.state.lock().expect("nothing panics with it").open = gating == Gating::Open;
         let mut reader = ours.try_clone().map_err(failed)?;
         let thread = {
             let (machine, gate) = (machine.to_owned(), Arc::clone(&gate));
             std::thread::Builder::new()
                 .name(format!("capture {machine}"))
                 .spawn(move || {
-                    let result = split(&machine, &mut reader, file, ram_path, memory_bytes, &gate);
+                    let gated = Gated { gate: &gate, gating, filler_bytes, theirs: theirs_too };
+                    let result = split(&machine, &mut reader, file, ram_path, memory_bytes, gated);
                     gate.set(|state| {
                         state.reached = true;
                         state.ended = true;
@@ -179,6 +210,13 @@ impl Gate {
         self.changed.notify_all();
     }
 
+    /// Waits until the stream's beginning may come.
+    fn wait_ajar(&self) {
+        let state = self.state.lock().expect("nothing panics with it");
+        let still = |state: &mut GateState| !state.ajar && !state.open;
+        drop(self.changed.wait_while(state, still).expect("nothing panics with it"));
+    }
+
     /// Waits at the gate until it is open.
     fn pass(&self) {
         let mut state = self.state.lock().expect("nothing panics with it");
@@ -188,20 +226,71 @@ impl Gate {
     }
 }
 
+/// What the thread knows of its gate.
+struct Gated<'a> {
+    gate: &'a Gate,
+    gating: Gating,
+    /// What was written into the socket before QEMU got it.
+    filler_bytes: usize,
+    /// QEMU's end, to be made larger.
+    theirs: UnixStream,
+}
+
+/// Writes into QEMU's end until it takes no more, and says how much that was.
+fn fill(theirs: &UnixStream) -> std::io::Result<usize> {
+    use std::io::Write;
+    theirs.set_nonblocking(true)?;
+    let chunk = [0; 16 * 1024];
+    let mut filled = 0;
+    let result = loop {
+        match (&*theirs).write(&chunk) {
+            Ok(written) => filled += written,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break Ok(filled),
+            Err(error) => break Err(error),
+        }
+    };
+    theirs.set_nonblocking(false)?;
+    result
+}
+
+fn enlarge(theirs: &UnixStream) {
+    // Root may have more than the usual bound; others take what they get.
+    if setsockopt(theirs, sockopt::SndBufForce, &SOCKET_BUFFER_BYTES).is_err() {
+        let _ = setsockopt(theirs, sockopt::SndBuf, &SOCKET_BUFFER_BYTES);
+    }
+}
+
 fn split(
     machine: &str,
     stream: &mut UnixStream,
     file: File,
     ram_path: PathBuf,
     memory_bytes: u64,
-    gate: &Gate,
+    gated: Gated<'_>,
 ) -> Result<Captured, CaptureError> {
     let mut ram = RamFile::new(file, memory_bytes, Vec::new())
         .map_err(|source| CaptureError::RamFile { path: ram_path, source })?;
     let mut splitter = Splitter::new("ram0", memory_bytes);
     let mut chunk = vec![0; CHUNK_BYTES];
     let gate_pages = memory_bytes / 4096 * GATE_PERCENT / 100;
-    let mut passed = false;
+    let mut passed = gated.gating != Gating::AfterMost;
+    let mut filler_left = gated.filler_bytes;
+    if gated.gating == Gating::FromStart {
+        gated.gate.wait_ajar();
+        while filler_left > 0 {
+            let room = filler_left.min(chunk.len());
+            match stream.read(&mut chunk[..room]) {
+                Ok(0) => break,
+                Ok(read) => filler_left -= read,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(source) => return Err(CaptureError::Read { machine: machine.to_owned(), source }),
+            }
+        }
+        gated.gate.pass();
+        enlarge(&gated.theirs);
+    }
+    // Or this end would keep the socket open when QEMU has closed it.
+    drop(gated.theirs);
     loop {
         let read = match stream.read(&mut chunk) {
             Ok(0) => break,
@@ -213,7 +302,7 @@ fn split(
             .feed(&chunk[..read], &mut ram)
             .map_err(|source| CaptureError::Stream { machine: machine.to_owned(), source })?;
         if !passed && splitter.pages_seen() >= gate_pages {
-            gate.pass();
+            gated.gate.pass();
             passed = true;
         }
     }

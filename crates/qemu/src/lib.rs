@@ -11,6 +11,7 @@
 //! | [`qmp`] | the control protocol: codec (pure) and blocking client | client only |
 //! | [`migration`] | splitting a migration stream into RAM pages and a residual stream | RAM file only |
 //! | [`disk`] | empty overlays and a bounded look at disk images | yes |
+//! | [`memory`] | main memory seen from outside: huge pages | yes |
 //! | [`guest_agent`] | commands run inside the guest | yes |
 //!
 //! Guests are hostile, and so is everything that carries their bytes: the migration stream, guest agent replies and
@@ -20,6 +21,7 @@ pub mod capability;
 pub mod command_line;
 pub mod disk;
 pub mod guest_agent;
+pub mod memory;
 pub mod migration;
 pub mod process;
 pub mod qmp;

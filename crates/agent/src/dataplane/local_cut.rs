@@ -119,7 +119,7 @@ pub(crate) struct CutMachine {
     /// The disk pivot, then the migration.
     pub(crate) after_stop: Vec<AfterStop>,
     pub(crate) resume: Resume,
-    /// Opened once the machine stands still: lets the rest of a pre-copy stream in.
+    /// Opened once the machine stands still and its disks are pivoted: lets a migration that waits go on.
     pub(crate) gate: Option<GateHandle>,
 }
 
@@ -201,6 +201,7 @@ struct Progress {
     pivoted: bool,
     migrating: bool,
     migrated: bool,
+    saving: bool,
     cut_at: Option<Time>,
     stop_event: Option<Timestamp>,
     resume_event: Option<Timestamp>,
@@ -429,9 +430,6 @@ impl LocalCut {
     fn save(&mut self, segment: &mut Segment, io: &mut Io<'_>) {
         let mut failure = None;
         for progress in &mut self.machines {
-            if let Some(gate) = progress.machine.gate.take() {
-                gate.open();
-            }
             let commands = std::mem::take(&mut progress.machine.after_stop);
             for AfterStop { command, arguments } in commands {
                 let id = progress.reserve_id();
@@ -451,6 +449,16 @@ impl LocalCut {
             if progress.released_at.is_some() || !progress.commands.is_empty() {
                 continue;
             }
+            // Only now, with the disks pivoted, may QEMU save the devices.
+            if let Some(gate) = &progress.machine.gate
+                && !progress.saving
+            {
+                progress.saving = true;
+                match progress.machine.resume {
+                    Resume::ByItself => gate.set_ajar(),
+                    Resume::AfterMigration | Resume::Never => gate.open(),
+                }
+            }
             let ready = match (self.goal, progress.machine.resume) {
                 (Goal::Pause, _) | (_, Resume::Never) => true,
                 (_, Resume::ByItself) => progress.resumed,
@@ -464,6 +472,7 @@ impl LocalCut {
                 }
             };
             if ready {
+                tracing::debug!(machine = progress.machine.name, at_us = io.now().since_ns(self.held_at) / 1000, "released");
                 progress.finish((self.goal != Goal::Pause).then_some(Hold::Cut), segment, io);
             }
         }
@@ -557,6 +566,7 @@ impl LocalCut {
     }
 
     fn enter(&mut self, stage: Stage, now: Time) {
+        tracing::debug!(?stage, at_us = now.since_ns(self.held_at) / 1000, "cut");
         self.stage = stage;
         self.stage_since = now;
     }
@@ -578,6 +588,13 @@ impl LocalCut {
         let machines = std::mem::take(&mut self.machines)
             .into_iter()
             .map(|progress| {
+                // Only now: a machine that runs again is not to slow down another that does not yet.
+                if progress.stop_id.is_some() {
+                    progress.prefer_others(false);
+                }
+                if let Some(gate) = &progress.machine.gate {
+                    gate.open();
+                }
                 if let Some(monitor) = &progress.machine.monitor
                     && progress.monitor_open
                 {
@@ -654,6 +671,7 @@ impl Progress {
             pivoted: false,
             migrating: false,
             migrated: false,
+            saving: false,
             cut_at: None,
             stop_event: None,
             resume_event: None,
@@ -749,9 +767,6 @@ impl Progress {
     }
 
     fn finish(&mut self, release: Option<Hold>, segment: &mut Segment, io: &mut Io<'_>) {
-        if self.stop_id.is_some() {
-            self.prefer_others(false);
-        }
         let now = io.now();
         if let Some(hold) = release {
             for drain in &self.drains {

@@ -2,16 +2,18 @@
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use diorama_api::{ApiError, CaptureMode, ErrorKind, MachineState};
 use diorama_qemu::command_line::{DiskFormat, DiskLayer, blockdev, format_node};
+use diorama_qemu::memory;
+use diorama_qemu::process::ProcessId;
 use diorama_qemu::qmp::{Client, QmpError};
 use serde_json::json;
 
 use super::{Attempt, Machine};
 use crate::Agent;
-use crate::capture::{Capture, CaptureError};
+use crate::capture::{Capture, CaptureError, Gating};
 use crate::dataplane::{AfterStop, CutMachine, Resume, SegmentId};
 use crate::disks::new_layer;
 use crate::launch::{COMMAND_LIMIT, SocketPaths};
@@ -24,6 +26,14 @@ use crate::up::{disk_folder, socket_folder};
 const CAPTURE_FD: &str = "capture";
 /// What pre-copy may take for its last round, in milliseconds: as little as can be said.
 const DOWNTIME_LIMIT_MS: u64 = 1;
+/// The first QEMU that writes a live capture's beginning under its big lock ("migration: Take the BQL around
+/// qemu_savevm_state_setup").
+const SETUP_LOCKED_SINCE: (u64, u64, u64) = (9, 0, 0);
+/// The thread that QEMU captures live in, by its name.
+const CAPTURE_THREAD: &str = "bg_snapshot";
+/// How long it may take to read all memory once. Past this the pause is longer, and nothing worse.
+const READ_BOUND: Duration = Duration::from_secs(10);
+const READ_POLL: Duration = Duration::from_millis(1);
 /// Disk space that a snapshot leaves free, in bytes.
 const DISK_RESERVE_BYTES: u64 = 64 << 20;
 
@@ -34,6 +44,7 @@ struct Plan {
     memory_bytes: u64,
     capture: CaptureMode,
     ram_path: PathBuf,
+    process: ProcessId,
     cut_monitor: PathBuf,
     overlay_folder: PathBuf,
     disks: Vec<DiskRecord>,
@@ -93,6 +104,7 @@ impl Attempt<'_> {
                 memory_bytes: self.record.specification.machines[index].memory_bytes,
                 capture: if machine.runs { self.capture } else { CaptureMode::Stop },
                 ram_path: ram_folder.join(&machine.name),
+                process: self.record.machines[index].process.into(),
                 cut_monitor: SocketPaths::new(&sockets, index).cut_monitor,
                 overlay_folder: disk_folder(&folder, self.record.generation).join(&machine.name),
                 disks: self.record.disks.get(&machine.name).cloned().unwrap_or_default(),
@@ -293,18 +305,26 @@ fn fill(plan: &Plan, prepared: &mut Prepared) -> Result<Client, ApiError> {
     for disk in &plan.disks {
         prepare_disk(plan, disk, prepared, &mut monitor)?;
     }
-    let gated = plan.capture == CaptureMode::Precopy;
-    let (capture, theirs) = Capture::start(&plan.name, plan.ram_path.clone(), plan.memory_bytes, gated)
+    let gating = match plan.capture {
+        CaptureMode::Live if monitor.version() < SETUP_LOCKED_SINCE => Gating::FromStart,
+        CaptureMode::Precopy => Gating::AfterMost,
+        CaptureMode::Live | CaptureMode::Stop => Gating::Open,
+    };
+    let (capture, theirs) = Capture::start(&plan.name, plan.ram_path.clone(), plan.memory_bytes, gating)
         .map_err(|error| capture_error(&error))?;
     prepared.capture = Some(capture);
     monitor.send_fd(theirs.as_fd(), CAPTURE_FD, COMMAND_LIMIT).map_err(failed)?;
     drop(theirs);
-    if gated {
+    if live {
+        collapse(plan);
+    }
+    if gating != Gating::Open {
         let arguments = json!({"uri": format!("fd:{CAPTURE_FD}")});
         monitor.execute("migrate", arguments, COMMAND_LIMIT).map_err(failed)?;
         prepared.migrating = true;
-        if let Some(capture) = &prepared.capture {
-            capture.wait_for_gate();
+        match (&prepared.capture, gating) {
+            (Some(capture), Gating::AfterMost) => capture.wait_for_gate(),
+            _ => wait_until_it_waits(plan.process.pid),
         }
     }
     Ok(monitor)
@@ -331,6 +351,52 @@ fn prepare_disk(
         .execute("blockdev-add", arguments, COMMAND_LIMIT)
         .map_err(|error| qmp_error(&plan.name, &error))?;
     Ok(())
+}
+
+/// Puts the machine's memory into huge pages, which takes most of the pause away; where that cannot be, the pause is
+/// longer, and nothing worse.
+fn collapse(plan: &Plan) {
+    let available = memory_available_bytes().unwrap_or(0);
+    if available / 2 < plan.memory_bytes {
+        tracing::debug!(machine = plan.name, available, "too little memory is free for huge pages");
+        return;
+    }
+    if let Err(error) = memory::collapse(plan.process, plan.memory_bytes) {
+        tracing::debug!(machine = plan.name, %error, "memory stays in small pages");
+    }
+}
+
+fn memory_available_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
+}
+
+/// Waits until QEMU has read all memory once and waits for its reader: its capture thread sleeps then. Nothing tells
+/// when that is, so it is looked at; a wrong answer costs pause, not correctness.
+fn wait_until_it_waits(pid: u32) {
+    let deadline = Instant::now() + READ_BOUND;
+    let mut asleep = 0;
+    while asleep < 2 && Instant::now() < deadline {
+        std::thread::sleep(READ_POLL);
+        match capture_thread_sleeps(pid) {
+            Some(true) => asleep += 1,
+            Some(false) => asleep = 0,
+            // Not started yet.
+            None => {}
+        }
+    }
+}
+
+fn capture_thread_sleeps(pid: u32) -> Option<bool> {
+    for entry in std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
+        let stat = std::fs::read_to_string(entry.path().join("stat")).ok()?;
+        let (name, rest) = stat.split_once('(')?.1.rsplit_once(')')?;
+        if name == CAPTURE_THREAD {
+            return Some(rest.trim_start().starts_with('S'));
+        }
+    }
+    None
 }
 
 /// A capture's failure, as the user reads it.
