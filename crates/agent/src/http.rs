@@ -8,7 +8,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, Query, Request, State};
+use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -26,6 +26,9 @@ use crate::Agent;
 use crate::operation::{Notice, Operation};
 
 type Shared = State<Arc<Agent>>;
+
+/// The longest request, in bytes: 16 MiB of a command's standard input, as base64 in JSON.
+const REQUEST_BYTES_MAX: usize = 24 << 20;
 
 /// All routes.
 pub(crate) fn router(agent: Arc<Agent>) -> Router {
@@ -54,6 +57,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
                 "the client and the agent may be of different versions: `diorama agent stop`, and try again",
             ))
         })
+        .layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX))
         .with_state(agent)
 }
 

@@ -48,6 +48,7 @@ use diorama_api::{AgentInfo, ApiError, Empty, ErrorKind, Folders, StopAgentReque
 use diorama_store::Store;
 use tokio::sync::Notify;
 
+pub use dataplane::switch_streams;
 pub use doctor::doctor;
 pub use images::BUILT_IN_IMAGES;
 pub use serve::{Options, run};

@@ -378,7 +378,6 @@ impl LocalCut {
             if !progress.machine.running {
                 continue;
             }
-            progress.prefer_others(true);
             progress.stop_id = Some(progress.reserve_id());
         }
         let mut failure = None;
@@ -406,6 +405,9 @@ impl LocalCut {
                     return;
                 }
             }
+            // Its virtual CPUs sleep now. When they wake, other machines may still stand and go before them. (Not
+            // earlier: `stop` is answered only when they have run once more.)
+            progress.prefer_others(true);
             let now = io.now();
             progress.cut_at = Some(now);
             if let Goal::Snapshot { epoch, .. } = self.goal {
@@ -756,7 +758,7 @@ impl Progress {
         }
     }
 
-    /// While the cut lasts, whatever else must run goes before the guests.
+    /// Whether whatever else must run goes before this guest.
     fn prefer_others(&self, yes: bool) {
         let policy = if yes { Policy::Idle } else { Policy::Normal { nice: super::plane::VCPU_NICE } };
         for thread in &self.machine.vcpu_threads {

@@ -17,6 +17,7 @@ mod link;
 mod local_cut;
 mod plane;
 mod segment;
+mod standalone;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -26,6 +27,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 pub(crate) use local_cut::{AfterStop, CutFailure, CutJob, CutMachine, CutOutcome, Goal, Resume};
 pub(crate) use plane::{Plane, VCPU_NICE};
 pub(crate) use segment::{PortStatus, Segment, SegmentId};
+pub use standalone::switch_streams;
 
 /// Something to do on the data plane's thread.
 type Task = Box<dyn FnOnce(&mut Plane) + Send>;
