@@ -14,7 +14,7 @@
 //!   end must come at the cut, after the machine was drained and stopped by us.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -30,6 +30,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 const CHUNK_BYTES: usize = 1 << 20;
 /// What is asked for as the socket's buffer on QEMU's side; the kernel gives what it allows.
 const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+/// The most device state that a machine may have. A few MiB are usual.
+const MOST_STATE_BYTES: usize = 256 << 20;
 /// In pre-copy, the part of the memory that comes before the gate closes, in percent.
 const GATE_PERCENT: u64 = 90;
 
@@ -80,23 +82,41 @@ impl CaptureError {
 pub(crate) struct Capture {
     stream: UnixStream,
     gate: Arc<Gate>,
+    filler_bytes: usize,
     thread: Option<JoinHandle<Result<Captured, CaptureError>>>,
 }
 
 /// Opens the gate of one capture, from another thread.
-#[derive(Debug, Clone)]
-pub(crate) struct GateHandle(Arc<Gate>);
+#[derive(Debug)]
+pub(crate) struct GateHandle {
+    gate: Arc<Gate>,
+    /// Our end, to take the filler from.
+    stream: UnixStream,
+    filler_bytes: usize,
+}
 
 impl GateHandle {
     /// Makes room for the stream's beginning, so that QEMU goes on. The pages that follow fill the socket and wait:
-    /// nobody is to copy pages while another machine still stands.
-    pub(crate) fn set_ajar(&self) {
-        self.0.set(|state| state.ajar = true);
+    /// nobody is to copy pages while another machine still stands. The filler is taken here and not by the capture's
+    /// thread, which would have to wake up first.
+    pub(crate) fn set_ajar(&mut self) {
+        let mut chunk = [0; 4096];
+        while self.filler_bytes > 0 {
+            let room = self.filler_bytes.min(chunk.len());
+            match (&self.stream).read(&mut chunk[..room]) {
+                Ok(0) => break,
+                Ok(read) => self.filler_bytes -= read,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                // The capture's thread will find the same.
+                Err(_) => break,
+            }
+        }
     }
 
     /// Lets the rest of the stream in.
-    pub(crate) fn open(&self) {
-        self.0.set(|state| state.open = true);
+    pub(crate) fn open(&mut self) {
+        self.set_ajar();
+        self.gate.open();
     }
 }
 
@@ -108,8 +128,6 @@ struct Gate {
 
 #[derive(Debug, Default)]
 struct GateState {
-    /// What fills the socket may be read, and no more.
-    ajar: bool,
     open: bool,
     /// The stream has come to the gate, or to its end.
     reached: bool,
@@ -150,7 +168,7 @@ impl Capture {
             std::thread::Builder::new()
                 .name(format!("capture {machine}"))
                 .spawn(move || {
-                    let gated = Gated { gate: &gate, gating, filler_bytes, theirs: theirs_too };
+                    let gated = Gated { gate: &gate, gating, theirs: theirs_too };
                     let result = split(&machine, &mut reader, file, ram_path, memory_bytes, gated);
                     gate.set(|state| {
                         state.reached = true;
@@ -162,7 +180,7 @@ impl Capture {
                 })
                 .map_err(failed)?
         };
-        Ok((Self { stream: ours, gate, thread: Some(thread) }, OwnedFd::from(theirs)))
+        Ok((Self { stream: ours, gate, filler_bytes, thread: Some(thread) }, OwnedFd::from(theirs)))
     }
 
     /// Waits until the stream has come to the gate.
@@ -171,9 +189,10 @@ impl Capture {
         drop(self.gate.changed.wait_while(state, |state| !state.reached).expect("nothing panics with it"));
     }
 
-    /// What opens the gate.
-    pub(crate) fn gate(&self) -> GateHandle {
-        GateHandle(Arc::clone(&self.gate))
+    /// What opens the gate; to be taken once.
+    pub(crate) fn gate(&mut self) -> std::io::Result<GateHandle> {
+        let filler_bytes = std::mem::take(&mut self.filler_bytes);
+        Ok(GateHandle { gate: Arc::clone(&self.gate), stream: self.stream.try_clone()?, filler_bytes })
     }
 
     /// Waits until the thread has ended, well or not, for at most `limit`.
@@ -198,7 +217,7 @@ impl Drop for Capture {
         if let Some(thread) = self.thread.take() {
             // Wakes the thread, whatever it waits for.
             let _ = self.stream.shutdown(Shutdown::Both);
-            self.gate().open();
+            self.gate.open();
             let _ = thread.join();
         }
     }
@@ -210,11 +229,8 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Waits until the stream's beginning may come.
-    fn wait_ajar(&self) {
-        let state = self.state.lock().expect("nothing panics with it");
-        let still = |state: &mut GateState| !state.ajar && !state.open;
-        drop(self.changed.wait_while(state, still).expect("nothing panics with it"));
+    fn open(&self) {
+        self.set(|state| state.open = true);
     }
 
     /// Waits at the gate until it is open.
@@ -226,21 +242,36 @@ impl Gate {
     }
 }
 
+/// Device state as it comes, within bounds: a guest decides part of what is in it.
+struct DeviceState(Vec<u8>);
+
+impl Write for DeviceState {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + bytes.len() > MOST_STATE_BYTES {
+            return Err(std::io::Error::other("the device state is too large"));
+        }
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// What the thread knows of its gate.
 struct Gated<'a> {
     gate: &'a Gate,
     gating: Gating,
-    /// What was written into the socket before QEMU got it.
-    filler_bytes: usize,
     /// QEMU's end, to be made larger.
     theirs: UnixStream,
 }
 
 /// Writes into QEMU's end until it takes no more, and says how much that was.
 fn fill(theirs: &UnixStream) -> std::io::Result<usize> {
-    use std::io::Write;
+    // As small as the kernel lets it be: what fits is what has to be taken out again within the pause.
+    setsockopt(theirs, sockopt::SndBuf, &1)?;
     theirs.set_nonblocking(true)?;
-    let chunk = [0; 16 * 1024];
+    let chunk = [0; 1024];
     let mut filled = 0;
     let result = loop {
         match (&*theirs).write(&chunk) {
@@ -268,24 +299,13 @@ fn split(
     memory_bytes: u64,
     gated: Gated<'_>,
 ) -> Result<Captured, CaptureError> {
-    let mut ram = RamFile::new(file, memory_bytes, Vec::new())
+    let mut ram = RamFile::new(file, memory_bytes, DeviceState(Vec::new()))
         .map_err(|source| CaptureError::RamFile { path: ram_path, source })?;
     let mut splitter = Splitter::new("ram0", memory_bytes);
     let mut chunk = vec![0; CHUNK_BYTES];
     let gate_pages = memory_bytes / 4096 * GATE_PERCENT / 100;
     let mut passed = gated.gating != Gating::AfterMost;
-    let mut filler_left = gated.filler_bytes;
     if gated.gating == Gating::FromStart {
-        gated.gate.wait_ajar();
-        while filler_left > 0 {
-            let room = filler_left.min(chunk.len());
-            match stream.read(&mut chunk[..room]) {
-                Ok(0) => break,
-                Ok(read) => filler_left -= read,
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(source) => return Err(CaptureError::Read { machine: machine.to_owned(), source }),
-            }
-        }
         gated.gate.pass();
         enlarge(&gated.theirs);
     }
@@ -307,6 +327,6 @@ fn split(
         }
     }
     splitter.finish().map_err(|source| CaptureError::Stream { machine: machine.to_owned(), source })?;
-    let (_, state) = ram.into_inner();
+    let (_, DeviceState(state)) = ram.into_inner();
     Ok(Captured { state })
 }

@@ -20,6 +20,10 @@ use crate::slot::Slot;
 
 /// How long a guest's agent may take to answer at all: a slow guest boots that long.
 const AGENT_LIMIT: Duration = Duration::from_secs(30);
+/// How long a guest's agent may take to answer a request, apart from reading its input.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// The least that a guest's agent reads of its input in a second, in bytes: a serial port without KVM on a busy host.
+const INPUT_BYTES_PER_SECOND: u64 = 64 << 10;
 /// How long one try takes; between two, the client may have gone.
 const TRY_LIMIT: Duration = Duration::from_secs(1);
 /// How often a running command is asked after: often at first.
@@ -49,7 +53,9 @@ impl Agent {
         let limit = request.agent_timeout_ms.map_or(AGENT_LIMIT, Duration::from_millis);
         let mut agent = connect(&paths.guest_agent, machine, limit, operation)?;
         let failed = |error: GuestAgentError| guest_error(machine, &error);
+        agent.set_timeout(ANSWER_LIMIT + Duration::from_secs(input.len() as u64 / INPUT_BYTES_PER_SECOND));
         let running = agent.exec(program, arguments, &[], &input).map_err(failed)?;
+        agent.set_timeout(ANSWER_LIMIT);
         let mut poll = POLL_FIRST;
         let status = loop {
             if let Some(status) = agent.exec_status(running).map_err(failed)? {

@@ -54,6 +54,7 @@ impl Agent {
                 monitor: Some(monitor),
                 running: true,
                 vcpu_threads,
+                service_threads: Vec::new(),
                 after_stop: Vec::new(),
                 resume: Resume::Never,
                 gate: None,

@@ -41,10 +41,7 @@ pub fn collapse(process: ProcessId, memory_bytes: u64) -> Result<(), CollapseErr
     let pid = process.pid;
     let refused = |source| CollapseError::Refused { pid, source };
     let missing = || CollapseError::NoSuchMemory { pid, memory_bytes };
-    let pidfd = process
-        .pidfd()
-        .map_err(|error| refused(io::Error::other(error)))?
-        .ok_or_else(missing)?;
+    let pidfd = process.pidfd().map_err(|error| refused(io::Error::other(error)))?.ok_or_else(missing)?;
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).map_err(refused)?;
     let start = find_anonymous(&maps, memory_bytes).ok_or_else(missing)?;
     let mut offset = 0;
@@ -105,7 +102,11 @@ mod tests {
 7f30fbe00000-7f310be00000 rw-p 00000000 00:00 0 \n\
 7f3110000000-7f3120000000 rw-p 00000000 00:19 7                          /dev/shm/ram
 7f3130000000-7f3140000000 r--p 00000000 00:00 0 \n";
-        assert_eq!(find_anonymous(maps, 256 << 20), Some(0x7f30_fbe0_0000), "the smallest that is large enough");
+        assert_eq!(
+            find_anonymous(maps, 256 << 20),
+            Some(0x7f30_fbe0_0000),
+            "the smallest that is large enough"
+        );
         assert_eq!(find_anonymous(maps, 512 << 20), Some(0x7f00_0000_0000));
         assert_eq!(find_anonymous(maps, 4 << 30), None);
         assert_eq!(find_anonymous("nonsense\n-\n1-2 x\n", 4096), None);

@@ -93,6 +93,9 @@ pub enum Policy {
     },
     /// Only when nothing else wants the processor.
     Idle,
+    /// Before everything that is not of this policy (round robin, lowest real-time priority). Needs privilege; for
+    /// moments only.
+    First,
 }
 
 /// Starts QEMU as leader of a session of its own, with standard input empty and its output appended to `log`.
@@ -258,13 +261,23 @@ fn poll_end(pidfd: &OwnedFd, milliseconds: i32) -> io::Result<bool> {
     }
 }
 
+/// The threads of a process that are none of `but`; none when it has ended.
+pub fn threads_of(pid: u32, but: &[u32]) -> Vec<u32> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|thread| !but.contains(thread))
+        .collect()
+}
+
 /// Sets how the kernel schedules one thread, such as a virtual CPU's (its number is in QMP `query-cpus-fast`).
 pub fn set_thread_policy(thread: u32, policy: Policy) -> Result<(), ProcessError> {
-    let (scheduler, nice) = match policy {
-        Policy::Normal { nice } => (libc::SCHED_OTHER, Some(nice)),
-        Policy::Idle => (libc::SCHED_IDLE, None),
+    let (scheduler, nice, sched_priority) = match policy {
+        Policy::Normal { nice } => (libc::SCHED_OTHER, Some(nice), 0),
+        Policy::Idle => (libc::SCHED_IDLE, None, 0),
+        Policy::First => (libc::SCHED_RR, None, 1),
     };
-    let parameters = libc::sched_param { sched_priority: 0 };
+    let parameters = libc::sched_param { sched_priority };
     // SAFETY: `parameters` is valid for the call, which only reads it.
     Errno::result(unsafe { libc::sched_setscheduler(thread.cast_signed(), scheduler, &parameters) })
         .map_err(|error| system("schedule", thread, error.into()))?;

@@ -19,6 +19,7 @@
 
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
+use std::sync::OnceLock;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
@@ -116,6 +117,8 @@ pub(crate) struct CutMachine {
     pub(crate) running: bool,
     /// Its virtual CPUs' threads.
     pub(crate) vcpu_threads: Vec<u32>,
+    /// QEMU's other threads: its main loop, its monitors, its capture.
+    pub(crate) service_threads: Vec<u32>,
     /// The disk pivot, then the migration.
     pub(crate) after_stop: Vec<AfterStop>,
     pub(crate) resume: Resume,
@@ -232,6 +235,7 @@ impl LocalCut {
         segment: &mut Segment,
         io: &mut Io<'_>,
     ) -> Self {
+        schedule_this_thread(Policy::First);
         let now = io.now();
         let machines = job.machines.into_iter().map(Progress::new).collect();
         let mut cut = Self {
@@ -246,6 +250,7 @@ impl LocalCut {
             done,
         };
         for (index, progress) in cut.machines.iter_mut().enumerate() {
+            progress.schedule_service(Policy::First);
             if let Some(monitor) = &progress.machine.monitor {
                 io.watch_monitor(segment.id(), index, monitor.stream.as_raw_fd());
             }
@@ -452,7 +457,7 @@ impl LocalCut {
                 continue;
             }
             // Only now, with the disks pivoted, may QEMU save the devices.
-            if let Some(gate) = &progress.machine.gate
+            if let Some(gate) = &mut progress.machine.gate
                 && !progress.saving
             {
                 progress.saving = true;
@@ -474,7 +479,11 @@ impl LocalCut {
                 }
             };
             if ready {
-                tracing::debug!(machine = progress.machine.name, at_us = io.now().since_ns(self.held_at) / 1000, "released");
+                tracing::debug!(
+                    machine = progress.machine.name,
+                    at_us = io.now().since_ns(self.held_at) / 1000,
+                    "released"
+                );
                 progress.finish((self.goal != Goal::Pause).then_some(Hold::Cut), segment, io);
             }
         }
@@ -586,15 +595,16 @@ impl LocalCut {
         {
             self.failure.get_or_insert(CutFailure::RecordingFull { bytes: recording.bytes });
         }
+        schedule_this_thread(super::plane::POLICY);
         let held_at = self.held_at;
         let machines = std::mem::take(&mut self.machines)
             .into_iter()
-            .map(|progress| {
+            .map(|mut progress| {
                 // Only now: a machine that runs again is not to slow down another that does not yet.
                 if progress.stop_id.is_some() {
                     progress.prefer_others(false);
                 }
-                if let Some(gate) = &progress.machine.gate {
+                if let Some(gate) = &mut progress.machine.gate {
                     gate.open();
                 }
                 if let Some(monitor) = &progress.machine.monitor
@@ -760,6 +770,9 @@ impl Progress {
 
     /// Whether whatever else must run goes before this guest.
     fn prefer_others(&self, yes: bool) {
+        if !may_return_from_idle() {
+            return;
+        }
         let policy = if yes { Policy::Idle } else { Policy::Normal { nice: super::plane::VCPU_NICE } };
         for thread in &self.machine.vcpu_threads {
             if let Err(error) = set_thread_policy(*thread, policy) {
@@ -768,7 +781,17 @@ impl Progress {
         }
     }
 
+    /// Ends with the machine's release: what QEMU does from then on (copying memory) has no haste.
+    fn schedule_service(&self, policy: Policy) {
+        for thread in &self.machine.service_threads {
+            if let Err(error) = set_thread_policy(*thread, policy) {
+                tracing::debug!(thread, %error, "a thread of QEMU keeps its priority");
+            }
+        }
+    }
+
     fn finish(&mut self, release: Option<Hold>, segment: &mut Segment, io: &mut Io<'_>) {
+        self.schedule_service(Policy::Normal { nice: 0 });
         let now = io.now();
         if let Some(hold) = release {
             for drain in &self.drains {
@@ -811,6 +834,27 @@ impl Progress {
             pivoted: self.pivoted,
             migrating: self.migrating,
         }
+    }
+}
+
+/// Whether this user's threads can leave the idle policy again: without privilege they stay in it for ever. Tried once,
+/// by a thread that is not needed afterwards.
+fn may_return_from_idle() -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| {
+        let attempt = || {
+            let thread = nix::unistd::gettid().as_raw().cast_unsigned();
+            set_thread_policy(thread, Policy::Idle).is_ok()
+                && set_thread_policy(thread, Policy::Normal { nice: super::plane::VCPU_NICE }).is_ok()
+        };
+        std::thread::spawn(attempt).join().unwrap_or(false)
+    })
+}
+
+fn schedule_this_thread(policy: Policy) {
+    let thread = nix::unistd::gettid().as_raw().cast_unsigned();
+    if let Err(error) = set_thread_policy(thread, policy) {
+        tracing::debug!(%error, "the data plane keeps its priority");
     }
 }
 

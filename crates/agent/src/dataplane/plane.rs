@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
+use diorama_qemu::process::{Policy, set_thread_policy};
 use diorama_switch::{PortId, Time};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::EventFd;
@@ -21,8 +22,8 @@ use super::segment::{Segment, SegmentId};
 /// The niceness of virtual CPUs' threads: QEMU's main loop and this thread go before them, or frames and cuts
 /// wait for guests that compute.
 pub(crate) const VCPU_NICE: i32 = 5;
-/// The niceness that the data plane asks for itself; only root gets it.
-const PLANE_NICE: i32 = -15;
+/// What the data plane asks for itself; only root gets it.
+pub(super) const POLICY: Policy = Policy::Normal { nice: -15 };
 /// Events taken of the kernel at once.
 const EVENTS: usize = 128;
 
@@ -302,8 +303,7 @@ impl Plane {
 
 fn prefer_this_thread() {
     let thread = nix::unistd::gettid().as_raw().cast_unsigned();
-    let policy = diorama_qemu::process::Policy::Normal { nice: PLANE_NICE };
-    if let Err(error) = diorama_qemu::process::set_thread_policy(thread, policy) {
+    if let Err(error) = set_thread_policy(thread, POLICY) {
         tracing::debug!(%error, "the data plane runs at normal priority");
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use diorama_api::{ApiError, CaptureMode, ErrorKind, MachineState};
 use diorama_qemu::command_line::{DiskFormat, DiskLayer, blockdev, format_node};
 use diorama_qemu::memory;
-use diorama_qemu::process::ProcessId;
+use diorama_qemu::process::{ProcessId, threads_of};
 use diorama_qemu::qmp::{Client, QmpError};
 use serde_json::json;
 
@@ -18,7 +18,7 @@ use crate::dataplane::{AfterStop, CutMachine, Resume, SegmentId};
 use crate::disks::new_layer;
 use crate::launch::{COMMAND_LIMIT, SocketPaths};
 use crate::problem::{io_error, no_space, qmp_error, store_error};
-use crate::record::DiskRecord;
+use crate::record::{DiskRecord, Record};
 use crate::slot::Slot;
 use crate::up::{disk_folder, socket_folder};
 
@@ -168,7 +168,7 @@ impl Attempt<'_> {
             ApiError::new(ErrorKind::WrongState, format!("environment `{}` has no machines", self.slot.name))
         })?;
         let mut machines = Vec::new();
-        for (index, machine) in self.machines.iter().enumerate() {
+        for (index, machine) in self.machines.iter_mut().enumerate() {
             let connected = &running.machines[index];
             let monitor =
                 monitors.iter().position(|(of, _)| *of == index).map(|at| monitors.swap_remove(at).1);
@@ -178,7 +178,7 @@ impl Attempt<'_> {
                 .map_err(|error| ApiError::new(ErrorKind::Io, error.to_string()))?;
             let mut after_stop = Vec::new();
             if !machine.overlays.is_empty() {
-                after_stop.push(self.pivot(machine));
+                after_stop.push(pivot(&self.record, machine));
             }
             if !machine.frozen && !machine.migrating {
                 after_stop.push(AfterStop {
@@ -186,19 +186,21 @@ impl Attempt<'_> {
                     arguments: json!({"uri": format!("fd:{CAPTURE_FD}")}),
                 });
             }
+            let gate = machine.capture.as_mut().map(Capture::gate).transpose();
             machines.push(CutMachine {
                 name: machine.name.clone(),
                 ports: connected.ports.clone(),
                 monitor,
                 running: machine.runs,
                 vcpu_threads: connected.vcpu_threads.clone(),
+                service_threads: threads_of(self.record.machines[index].process.pid, &connected.vcpu_threads),
                 after_stop,
                 resume: match (machine.runs, self.capture) {
                     (false, _) => Resume::Never,
                     (true, CaptureMode::Live) => Resume::ByItself,
                     (true, CaptureMode::Precopy | CaptureMode::Stop) => Resume::AfterMigration,
                 },
-                gate: machine.capture.as_ref().map(Capture::gate),
+                gate: gate.map_err(|error| ApiError::new(ErrorKind::Io, error.to_string()))?,
             });
         }
         Ok((running.segment, machines))
@@ -215,22 +217,6 @@ impl Attempt<'_> {
                 }
             }
         }
-    }
-
-    /// One transaction that makes every overlay the active layer of its disk.
-    fn pivot(&self, machine: &Machine) -> AfterStop {
-        let disks = self.record.disks.get(&machine.name).into_iter().flatten();
-        let actions: Vec<_> = disks
-            .zip(&machine.overlays)
-            .map(|(disk, overlay)| {
-                let active = disk.layers.last().map_or(0, |layer| layer.node);
-                json!({"type": "blockdev-snapshot", "data": {
-                    "node": format_node(&disk.name, active),
-                    "overlay": format_node(&disk.name, overlay.node),
-                }})
-            })
-            .collect();
-        AfterStop { command: "transaction", arguments: json!({"actions": actions}) }
     }
 
     /// About how many bytes of memory the snapshot will have: what the machines' processes occupy.
@@ -259,6 +245,22 @@ impl Attempt<'_> {
         }
         Ok(())
     }
+}
+
+/// One transaction that makes every overlay the active layer of its disk.
+fn pivot(record: &Record, machine: &Machine) -> AfterStop {
+    let disks = record.disks.get(&machine.name).into_iter().flatten();
+    let actions: Vec<_> = disks
+        .zip(&machine.overlays)
+        .map(|(disk, overlay)| {
+            let active = disk.layers.last().map_or(0, |layer| layer.node);
+            json!({"type": "blockdev-snapshot", "data": {
+                "node": format_node(&disk.name, active),
+                "overlay": format_node(&disk.name, overlay.node),
+            }})
+        })
+        .collect();
+    AfterStop { command: "transaction", arguments: json!({"actions": actions}) }
 }
 
 /// What preparing one machine made, whether or not all of it succeeded.
