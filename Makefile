@@ -54,7 +54,7 @@ setup: ## install the Debian packages that are missing (as root or through sudo)
 		fi; \
 	fi
 	@command -v cargo >/dev/null || { \
-		echo "make setup: there is no cargo. Install Rust 1.89 or later (rustup is the usual way)" >&2; exit 1; }
+		echo "make setup: there is no cargo. Install Rust 1.91 or later (rustup is the usual way)" >&2; exit 1; }
 
 build: ## build diorama and traffic (release)
 	cargo build --release -p diorama -p diorama-traffic

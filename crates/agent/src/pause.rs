@@ -45,7 +45,7 @@ impl Agent {
             }
             let (machine, ports, vcpu_threads) = connections[index].clone();
             let monitor = Client::connect(&SocketPaths::new(&folder, index).cut_monitor, deadline())
-                .and_then(|client| client.into_parts().map_err(|source| socket_error(source)))
+                .and_then(|client| client.into_parts().map_err(socket_error))
                 .map_err(|error| qmp_error(&machine, &error))?;
             record.machines[index].rest = Some(Rest::Paused);
             machines.push(CutMachine {

@@ -35,6 +35,9 @@ const MAX_FORKS: u32 = 1000;
 /// How many environments are forked side by side.
 const FORKS_AT_ONCE: usize = 4;
 
+/// The machines to launch, and the disks that they get, by machine.
+type Planned = (Vec<MachinePlan>, BTreeMap<String, Vec<DiskRecord>>);
+
 impl Agent {
     /// Takes an environment back to a snapshot, or brings it up from it.
     pub(crate) fn restore(
@@ -238,7 +241,7 @@ impl Agent {
         loaded: &Loaded,
         specification: &Environment,
         disk_folder: &Path,
-    ) -> Result<(Vec<MachinePlan>, BTreeMap<String, Vec<DiskRecord>>), ApiError> {
+    ) -> Result<Planned, ApiError> {
         let mut plans = Vec::new();
         let mut all_disks = BTreeMap::new();
         for machine in &specification.machines {
@@ -288,7 +291,7 @@ impl Agent {
                 "restore it on a computer with KVM (`diorama doctor`)",
             );
         }
-        if !qemu.machine_types.iter().any(|known| *known == saved.machine_type) {
+        if !qemu.machine_types.contains(&saved.machine_type) {
             return unsupported(
                 format!("this QEMU does not know the machine type {}", saved.machine_type),
                 "install a QEMU that does",

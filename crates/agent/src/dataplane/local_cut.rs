@@ -400,7 +400,7 @@ impl LocalCut {
     fn note_stopped(&mut self, segment: &mut Segment, io: &mut Io<'_>) {
         for index in 0..self.machines.len() {
             let progress = &mut self.machines[index];
-            if progress.cut_at.is_some() || !(progress.stopped || !progress.machine.running) {
+            if progress.cut_at.is_some() || (progress.machine.running && !progress.stopped) {
                 continue;
             }
             for drain in &progress.drains {
