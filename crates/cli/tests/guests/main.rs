@@ -1,0 +1,16 @@
+//! The built program with real machines: each test is a list of what a user does, and what must then be so.
+//!
+//! Every test has a [`lab::Lab`] of its own: a home, a runtime folder and so an agent that no other test meets. At its
+//! end the lab proves that nothing stays behind: no process, no socket, no part of a snapshot. The images are those of
+//! `make images`, found where the program itself looks.
+
+mod disks;
+mod faults;
+mod interrupts;
+mod lab;
+mod life;
+mod resting;
+mod snapshots;
+mod storage;
+mod takeover;
+mod traffic;
