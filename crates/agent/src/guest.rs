@@ -19,7 +19,7 @@ use crate::record::Phase;
 use crate::slot::Slot;
 
 /// How long a guest's agent may take to answer at all: a slow guest boots that long.
-const AGENT_LIMIT: Duration = Duration::from_secs(30);
+const AGENT_LIMIT: Duration = Duration::from_secs(60);
 /// How long a guest's agent may take to answer a request, apart from reading its input.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// The least that a guest's agent reads of its input in a second, in bytes: a serial port without KVM on a busy host.
