@@ -31,7 +31,7 @@ Examples:
   diorama fork before --count 4      four running copies, isolated from one another
   diorama doctor                     what this computer can do, and how to mend what is missing
 
-Exit status: 0 done; 1 failed; 2 the command line or the environment file is wrong; 130 interrupted.
+Exit status: 0 done; 1 failed; 2 wrong command line or environment file; 130 interrupted.
 Files: DIORAMA_HOME (default $XDG_DATA_HOME/diorama or ~/.local/share/diorama) holds all state,
 DIORAMA_RUNTIME_DIR (default below /dev/shm) sockets and the cache of snapshots' memory."
 )]

@@ -4,6 +4,7 @@
 //! nothing but this program and the raw streams of `exec`, `console` and `logs` can steer the user's terminal.
 
 use std::borrow::Cow;
+use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 
 use comfy_table::{ContentArrangement, Table};
@@ -145,10 +146,12 @@ impl Output {
         }
     }
 
-    /// An empty table in this program's style.
+    /// An empty table in this program's style; [`lines`] makes text of it.
     pub fn table(&self) -> Table {
         let mut table = Table::new();
         table.load_style(comfy_table::presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+        // Not the spaces around it: `lines` counts on them.
+        table.style_text_only();
         // Colour was decided above; the table must not look at the terminal a second time.
         if self.stdout_colour.0 {
             table.enforce_styling();
@@ -193,6 +196,18 @@ impl Colour {
     fn paint(self, code: &str, text: &str) -> String {
         if self.0 { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
     }
+}
+
+/// A table's lines, each after `indent`.
+pub fn lines(table: &Table, indent: &str) -> String {
+    let mut text = String::new();
+    for line in table.lines() {
+        // Each cell has a space on either side, the first one too.
+        let line = line.trim_end();
+        let _ =
+            writeln!(text, "{}", format!("{indent}{}", line.strip_prefix(' ').unwrap_or(line)).trim_end());
+    }
+    text
 }
 
 /// Writes one JSON document and a line feed to standard output.

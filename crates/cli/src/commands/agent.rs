@@ -47,7 +47,7 @@ enum Command {
     #[command(after_long_help = "\
 Examples:
   diorama down --all && diorama agent stop
-  diorama agent stop --force     machines run on without a network until the next command starts an agent")]
+  diorama agent stop --force     machines run on, without a network until the next command")]
     Stop {
         /// Also while environments run: their machines run on, without a network until the next command
         #[arg(long)]

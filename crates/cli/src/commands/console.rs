@@ -31,7 +31,7 @@ const TYPED_CHUNKS: usize = 16;
 #[command(after_long_help = "\
 Examples:
   diorama console server
-  echo reboot | diorama console server    type a line; without a terminal, the end of input detaches
+  echo reboot | diorama console server    type a line; the end of piped input detaches
 
 What was printed before is shown by `diorama logs`.")]
 pub struct Arguments {

@@ -37,7 +37,8 @@ pub struct Arguments {
     #[arg(short, long)]
     interactive: bool,
 
-    /// How long to wait for the guest's agent to answer at all, in seconds; a machine may still be starting
+    /// How long to wait for the guest's agent to answer at all, in seconds (60 when left out); a machine may still be
+    /// starting
     #[arg(long, value_name = "SECONDS")]
     wait: Option<u32>,
 

@@ -9,7 +9,7 @@ use diorama_api::{EnvironmentState, EnvironmentStatus, MachineState, MachineStat
 use serde::Serialize;
 
 use crate::failure::Failure;
-use crate::output::{Colour, Output, printable};
+use crate::output::{Colour, Output, lines, printable};
 use crate::quantity::{bytes, count, short_id, timestamp};
 use crate::session::Session;
 
@@ -23,9 +23,9 @@ Examples:
   diorama status -e pair
   diorama status --json | jq -r '.environments[].machines[] | select(.state != \"running\") | .name'
 
-Traffic is counted by the switch, seen from the machine: SENT is what came out of it, RECEIVED what it was given.
-In a network, OWED counts a frame once for each machine that should receive it: what is owed has been delivered,
-waits in a queue, or was dropped.")]
+SENT is what the switch had from the machine, RECEIVED what it gave to it. In a network, OWED counts a
+frame once for each machine that should receive it: what is owed has been delivered, waits in a
+queue, or was dropped.")]
 pub struct Arguments {}
 
 #[derive(Serialize)]
@@ -134,7 +134,7 @@ fn machines(environment: &EnvironmentStatus, output: &Output) -> String {
             table.add_row(row);
         }
     }
-    lines(&table)
+    lines(&table, "  ")
 }
 
 fn networks(environment: &EnvironmentStatus, output: &Output) -> String {
@@ -150,7 +150,7 @@ fn networks(environment: &EnvironmentStatus, output: &Output) -> String {
             drops(&network.dropped),
         ]);
     }
-    lines(&table)
+    lines(&table, "  ")
 }
 
 fn state(machine: &MachineStatus) -> Cell {
@@ -176,12 +176,4 @@ fn drops(dropped: &BTreeMap<String, u64>) -> Cell {
         .map(|(reason, number)| format!("{number} {}", printable(&reason.replace(['_', '-'], " "))))
         .collect();
     if reasons.is_empty() { Cell::new("-") } else { Cell::new(reasons.join(", ")).fg(Color::Yellow) }
-}
-
-fn lines(table: &comfy_table::Table) -> String {
-    let mut text = String::new();
-    for line in table.lines() {
-        let _ = writeln!(text, " {}", line.trim_end());
-    }
-    text
 }

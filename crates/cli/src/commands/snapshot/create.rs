@@ -19,7 +19,7 @@ use crate::session::Session;
 Examples:
   diorama snapshot create
   diorama snapshot create before-upgrade -m 'all green'
-  diorama snapshot create --capture stop --in-flight drop     as the paper of 2007 did it, to compare
+  diorama snapshot create --capture stop --in-flight drop     to compare: the paper's way
   diorama snapshot create --json | jq '[.machines[].pause_us] | max'")]
 pub struct Arguments {
     /// Its name; one is chosen when it is left out

@@ -7,7 +7,7 @@ use crate::arguments::not_empty;
 use crate::completion;
 use crate::environment_choice::scope;
 use crate::failure::Failure;
-use crate::output::{Output, printable};
+use crate::output::{Output, lines, printable};
 use crate::quantity::bytes;
 use crate::session::Session;
 
@@ -57,7 +57,7 @@ fn text(report: &DiffReport, output: &Output) -> String {
                 bytes(machine.disk_bytes_added),
             ]);
         }
-        text.push_str(&format!("{}\n", table.trim_fmt()));
+        text.push_str(&lines(&table, ""));
     }
     for (names, which) in [(&report.only_from, "first"), (&report.only_to, "second")] {
         if !names.is_empty() {

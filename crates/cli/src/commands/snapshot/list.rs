@@ -8,7 +8,7 @@ use comfy_table::{Cell, Color};
 use diorama_api::{SnapshotList, SnapshotSummary};
 
 use crate::failure::Failure;
-use crate::output::{Output, printable};
+use crate::output::{Output, lines, printable};
 use crate::quantity::{bytes, short_id, timestamp};
 use crate::session::Session;
 
@@ -77,7 +77,7 @@ fn text(list: &SnapshotList, output: &Output) -> String {
             Cell::new(note),
         ]);
     }
-    format!("{}\n", table.trim_fmt())
+    lines(&table, "")
 }
 
 /// A table's row is one line, whatever a message holds.

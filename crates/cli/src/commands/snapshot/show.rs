@@ -9,7 +9,7 @@ use crate::arguments::not_empty;
 use crate::completion;
 use crate::environment_choice::scope;
 use crate::failure::Failure;
-use crate::output::{Output, printable};
+use crate::output::{Output, lines, printable};
 use crate::quantity::{bytes, count, microseconds, milliseconds, short_id, timestamp};
 use crate::session::Session;
 
@@ -22,8 +22,10 @@ Examples:
   diorama snapshot show before-upgrade
   diorama snapshot show 3f9a --json | jq .frames
 
-SENT BEFORE is what the network owed before the senders' cuts, a copy for each receiver. It is exactly what was delivered
-before the receivers' cuts, was in flight, or was dropped: UNACCOUNTED is 0, or Diorama has a defect.")]
+PAUSE: the machine's virtual CPUs stood still. STALL: no frame could reach it.
+SENT BEFORE: what the network owed before the senders' cuts, a copy for each receiver. All of it was
+delivered before the receivers' cuts, in flight, or dropped: UNACCOUNTED is 0, or Diorama has a
+defect.")]
 pub struct Arguments {
     /// Its name, its id, or a unique beginning of its id
     #[arg(value_parser = not_empty, add = completion::snapshots())]
@@ -109,7 +111,7 @@ fn machines(report: &SnapshotReport, output: &Output) -> String {
             if disks.is_empty() { "-".to_owned() } else { disks.join(", ") },
         ]);
     }
-    let mut text = format!("{}\n", table.trim_fmt());
+    let mut text = lines(&table, "  ");
     for machine in report.machines.iter().filter(|machine| machine.drain_incomplete) {
         let _ = writeln!(
             text,
@@ -139,7 +141,7 @@ fn frames(report: &SnapshotReport, output: &Output) -> String {
     if report.networks.len() != 1 {
         add("(all)", &report.frames);
     }
-    format!("{}\n", table.trim_fmt())
+    lines(&table, "  ")
 }
 
 fn drops(dropped: &DroppedReport) -> String {
