@@ -32,19 +32,24 @@ fi
 work=
 runtime=
 clean_up() {
-    status=$?
+    local status=$?
     trap - EXIT
     trap '' INT TERM HUP
-    if [ -n "$work" ] && [ -n "$runtime" ]; then
-        if [ -S "$runtime/agent.sock" ] || [ -d "$runtime/e" ]; then
-            "$PROGRAM" down --all --volumes >"$work/down" 2>&1 &&
-                "$PROGRAM" agent stop >"$work/stop" 2>&1 ||
-                { echo "demo.sh: could not clean up:" >&2; cat "$work/down" "$work/stop" >&2 || true; }
-        fi
+    if [ -n "$runtime" ] && { [ -S "$runtime/agent.sock" ] || [ -d "$runtime/e" ]; }; then
+        put_away >"$work/clean-up" 2>&1 || { echo "demo.sh: could not clean up:" >&2; cat "$work/clean-up" >&2; }
     fi
     [ -z "$work" ] || rm -rf "$work"
     [ -z "$runtime" ] || rm -rf "$runtime"
     exit "$status"
+}
+# What was interrupted is still being undone by the agent, which does nothing else with the environment until then.
+put_away() {
+    local deadline=$((SECONDS + PATIENCE))
+    until "$PROGRAM" down --all --volumes; do
+        [ "$SECONDS" -lt "$deadline" ] || return 1
+        sleep 0.5
+    done
+    "$PROGRAM" agent stop
 }
 trap clean_up EXIT
 trap 'echo >&2; echo "demo.sh: interrupted; cleaning up" >&2; exit 130' INT
@@ -72,6 +77,9 @@ step() {
 say() { printf '   %s\n' "$@"; }
 good() { printf '   %s✓%s %s\n' "$green" "$plain" "$1"; }
 fail() {
+    if grep -qs '^error: interrupted' "$work/errors"; then
+        exit 130
+    fi
     printf '\n%sdemo.sh: %s%s\n' "$red" "$1" "$plain" >&2
     if [ -s "$work/errors" ]; then
         sed 's/^/    /' "$work/errors" >&2
