@@ -1,6 +1,6 @@
 //! Stopping an environment.
 
-use diorama_api::{ApiError, DownReport, DownRequest};
+use diorama_api::{ApiError, DownReport, DownRequest, ErrorKind};
 
 use crate::Agent;
 use crate::operation::Operation;
@@ -15,11 +15,11 @@ impl Agent {
         request: DownRequest,
         operation: &Operation,
     ) -> Result<DownReport, ApiError> {
-        let slot = self.slots.get(name)?;
-        let _guard = slot.begin("stopping", operation)?;
+        let (slot, _guard) = self.slots.enter(name, "stopping", operation)?;
         let Some(record) = slot.state().record.clone() else {
+            // Begun and never made.
             self.slots.remove(&slot.name);
-            return self.down(name, request, operation);
+            return Err(ApiError::new(ErrorKind::NotFound, format!("there is no environment `{name}`")));
         };
         let folder = slot.folder(&self.folders);
         operation.step("stopping machines");

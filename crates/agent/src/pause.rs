@@ -29,8 +29,7 @@ impl Agent {
         request: &MachinesRequest,
         operation: &Operation,
     ) -> Result<EnvironmentStatus, ApiError> {
-        let slot = self.slots.get(name)?;
-        let guard = slot.begin("pausing", operation)?;
+        let (slot, guard) = self.slots.enter(name, "pausing", operation)?;
         let mut record = slot.record_if_up()?;
         let chosen = choose(&record, request)?;
         let states = self.machine_states(&slot, &record);
@@ -80,8 +79,7 @@ impl Agent {
         request: &MachinesRequest,
         operation: &Operation,
     ) -> Result<EnvironmentStatus, ApiError> {
-        let slot = self.slots.get(name)?;
-        let guard = slot.begin("resuming", operation)?;
+        let (slot, guard) = self.slots.enter(name, "resuming", operation)?;
         let mut record = slot.record_if_up()?;
         let states = self.machine_states(&slot, &record);
         let (segment, connections) = connections(&slot)?;

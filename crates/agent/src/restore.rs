@@ -58,8 +58,7 @@ impl Agent {
             })?,
             None => stored.manifest.specification.name.clone(),
         };
-        let slot = self.slots.get_or_insert(&name);
-        let guard = slot.begin("restoring", operation)?;
+        let (slot, guard) = self.slots.enter_or_insert(&name, "restoring", operation)?;
         let loaded = self.load_memory(&stored, operation);
         let result = loaded.and_then(|loaded| self.revive(&slot, &stored, &loaded, started, operation));
         self.clean_up(&slot, result, guard)
@@ -442,9 +441,7 @@ impl Agent {
                 )
                 .hint("choose another name with `--name`, or stop that one with `diorama down --volumes`"));
             }
-            let slot = self.slots.get_or_insert(&name);
-            let guard = slot.begin("forking", operation)?;
-            reserved.push((slot, guard));
+            reserved.push(self.slots.enter_or_insert(&name, "forking", operation)?);
             Ok(())
         });
         if let Err(error) = result {

@@ -5,7 +5,8 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use diorama_api::{ApiError, ErrorKind, Folders};
 use diorama_qemu::process::Spawned;
@@ -18,6 +19,9 @@ use crate::dataplane::SegmentId;
 use crate::operation::Operation;
 use crate::record::{Phase, Record};
 
+/// How long a new operation waits for a cancelled one to be undone.
+const UNDO_LIMIT: Duration = Duration::from_secs(30);
+
 /// All environments by name.
 #[derive(Debug, Default)]
 pub(crate) struct Slots(Mutex<BTreeMap<EnvironmentName, Arc<Slot>>>);
@@ -27,6 +31,7 @@ pub(crate) struct Slots(Mutex<BTreeMap<EnvironmentName, Arc<Slot>>>);
 pub(crate) struct Slot {
     pub(crate) name: EnvironmentName,
     operation: Mutex<Option<Current>>,
+    ended: Condvar,
     state: Mutex<State>,
 }
 
@@ -95,8 +100,50 @@ impl Slots {
     pub(crate) fn get_or_insert(&self, name: &EnvironmentName) -> Arc<Slot> {
         let mut slots = self.lock();
         Arc::clone(slots.entry(name.clone()).or_insert_with(|| {
-            Arc::new(Slot { name: name.clone(), operation: Mutex::default(), state: Mutex::default() })
+            Arc::new(Slot {
+                name: name.clone(),
+                operation: Mutex::default(),
+                ended: Condvar::new(),
+                state: Mutex::default(),
+            })
         }))
+    }
+
+    /// Begins an operation on an environment that exists.
+    pub(crate) fn enter(
+        &self,
+        name: &str,
+        label: &'static str,
+        operation: &Operation,
+    ) -> Result<(Arc<Slot>, OperationGuard), ApiError> {
+        loop {
+            let slot = self.get(name)?;
+            let guard = slot.begin(label, operation)?;
+            if self.is_current(&slot) {
+                return Ok((slot, guard));
+            }
+        }
+    }
+
+    /// Begins an operation on an environment that may be new.
+    pub(crate) fn enter_or_insert(
+        &self,
+        name: &EnvironmentName,
+        label: &'static str,
+        operation: &Operation,
+    ) -> Result<(Arc<Slot>, OperationGuard), ApiError> {
+        loop {
+            let slot = self.get_or_insert(name);
+            let guard = slot.begin(label, operation)?;
+            if self.is_current(&slot) {
+                return Ok((slot, guard));
+            }
+        }
+    }
+
+    /// Whether the slot was not removed while somebody waited for it.
+    fn is_current(&self, slot: &Arc<Slot>) -> bool {
+        self.lock().get(&slot.name).is_some_and(|current| Arc::ptr_eq(current, slot))
     }
 
     /// Whether a name is taken.
@@ -147,12 +194,19 @@ impl Slots {
 
 impl Slot {
     /// Begins an operation; an error when another one is under way.
-    pub(crate) fn begin(
+    fn begin(
         self: &Arc<Self>,
         label: &'static str,
         operation: &Operation,
     ) -> Result<OperationGuard, ApiError> {
-        let mut current = lock(&self.operation);
+        // One that was cancelled is being undone: soon it is as if it had never been.
+        let is_undone = |current: &mut Option<Current>| {
+            current.as_ref().is_some_and(|current| current.operation.is_cancelled())
+        };
+        let (mut current, _) = self
+            .ended
+            .wait_timeout_while(lock(&self.operation), UNDO_LIMIT, is_undone)
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(current) = current.as_ref() {
             return Err(ApiError::new(
                 ErrorKind::Busy,
@@ -207,6 +261,7 @@ impl State {
 impl Drop for OperationGuard {
     fn drop(&mut self) {
         *lock(&self.slot.operation) = None;
+        self.slot.ended.notify_all();
     }
 }
 

@@ -50,8 +50,25 @@ impl Agent {
             .collect()
     }
 
+    /// An environment that is being made for the first time: nothing of it is settled but its name.
+    fn beginning(&self, slot: &Slot) -> Option<EnvironmentStatus> {
+        let operation = slot.operation_label()?;
+        Some(EnvironmentStatus {
+            name: slot.name.clone(),
+            state: EnvironmentState::Starting,
+            epoch: 0,
+            snapshot: None,
+            started: None,
+            operation: Some(operation.to_owned()),
+            machines: Vec::new(),
+            networks: Vec::new(),
+            hosts: vec![self.host.clone()],
+        })
+    }
+
     fn slot_status(&self, slot: &Slot) -> Option<EnvironmentStatus> {
-        let record = slot.state().record.clone()?;
+        let record = slot.state().record.clone();
+        let Some(record) = record else { return self.beginning(slot) };
         let states = self.machine_states(slot, &record);
         let (segment, ports, networks) = match &slot.state().running {
             Some(running) => (

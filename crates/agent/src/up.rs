@@ -38,8 +38,7 @@ impl Agent {
     ) -> Result<EnvironmentStatus, ApiError> {
         let specification = request.specification;
         check(&specification)?;
-        let slot = self.slots.get_or_insert(&specification.name);
-        let guard = slot.begin("starting", operation)?;
+        let (slot, guard) = self.slots.enter_or_insert(&specification.name, "starting", operation)?;
         let kept = slot.state().record.clone();
         if let Some(kept) = &kept
             && kept.phase == Phase::Up

@@ -98,8 +98,7 @@ impl Agent {
         operation: &Operation,
     ) -> Result<SnapshotReport, ApiError> {
         let started = Instant::now();
-        let slot = self.slots.get(environment)?;
-        let _guard = slot.begin("a snapshot", operation)?;
+        let (slot, _guard) = self.slots.enter(environment, "a snapshot", operation)?;
         let record = slot.record_if_up()?;
         let states = self.machine_states(&slot, &record);
         refuse_broken(&record, &states)?;
