@@ -28,7 +28,7 @@ help: ## say what there is
 		while IFS='|' read -r name text; do printf '%-13s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo 'Variables: PREFIX (install; /usr/local), DESTDIR (install),'
-	@echo 'ARGS (demo, bench), CARGO_TARGET_DIR (target).'
+	@echo 'ARGS (bench), CARGO_TARGET_DIR (target).'
 
 setup: ## install the Debian packages that are missing (as root or through sudo)
 	@missing=(); \
@@ -66,7 +66,7 @@ images: setup build-traffic ## build the guest image `micro`
 	@images/micro/build.sh $(IMAGES) --traffic $(TARGET)/release/traffic --cache $(TARGET)/images/cache
 
 demo: setup build images ## show what Diorama does, with real machines
-	@DIORAMA="$(abspath $(TARGET))/release/diorama" demo/demo.sh $(ARGS)
+	@DIORAMA="$(abspath $(TARGET))/release/diorama" demo/demo.sh
 
 test: setup images lint unit ## every gate: format, lints, all tests
 
