@@ -42,7 +42,7 @@ clean_up() {
     [ -z "$runtime" ] || rm -rf "$runtime"
     exit "$status"
 }
-# What was interrupted is still being undone by the agent, which does nothing else with the environment until then.
+# What was interrupted may still be being undone by the agent.
 put_away() {
     local deadline=$((SECONDS + PATIENCE))
     until "$PROGRAM" down --all --volumes; do
