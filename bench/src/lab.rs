@@ -14,6 +14,9 @@ use tempfile::TempDir;
 
 use crate::failure::Failure;
 
+/// How long cleaning up may take to get an environment's lock.
+const CLEAN_UP: Duration = Duration::from_secs(60);
+
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 extern "C" fn note_signal(_: libc::c_int) {
@@ -143,14 +146,19 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         for arguments in [&["down", "--all", "--volumes"][..], &["agent", "stop", "--force"][..]] {
-            match self.spawn(arguments, false) {
-                Ok(output) if output.status.success() => {}
-                Ok(output) => say(format!(
-                    "cleaning up: `diorama {}`: {}",
-                    arguments.join(" "),
-                    String::from_utf8_lossy(&output.stderr).trim()
-                )),
-                Err(failure) => say(format!("cleaning up: {failure}")),
+            let end = Instant::now() + CLEAN_UP;
+            loop {
+                let problem = match self.spawn(arguments, false) {
+                    Ok(output) if output.status.success() => break,
+                    Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+                    Err(failure) => failure.to_string(),
+                };
+                // An operation that was interrupted is undone first; until then its environment is busy.
+                if Instant::now() > end {
+                    say(format!("cleaning up: `diorama {}`: {problem}", arguments.join(" ")));
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(200));
             }
         }
     }
