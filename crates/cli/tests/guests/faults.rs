@@ -43,7 +43,9 @@ fn a_machine_killed_within_a_snapshot() {
     lab.up(PAIR);
     let arrived = traffic::start(&lab, "pair");
     lab.snapshot("pair", &["good"]);
-    for (delay_ms, machine) in [(10, "client"), (60, "server"), (120, "client"), (200, "server"), (350, "client")] {
+    for (delay_ms, machine) in
+        [(10, "client"), (60, "server"), (120, "client"), (200, "server"), (350, "client")]
+    {
         let name = format!("after-{delay_ms}");
         let pid = Pid::from_raw(lab.pid("pair", machine));
         let command = lab.begin(&["snapshot", "create", &name]);
@@ -63,7 +65,12 @@ fn a_machine_killed_within_a_snapshot() {
         // The other one runs on, and the environment can be brought back.
         let states = lab.states("pair");
         let (dead, other) = if machine == "server" { (0, 1) } else { (1, 0) };
-        assert_eq!((states[dead].as_str(), states[other].as_str()), ("dead", "running"), "{}", lab.agent_log());
+        assert_eq!(
+            (states[dead].as_str(), states[other].as_str()),
+            ("dead", "running"),
+            "{}",
+            lab.agent_log()
+        );
         lab.shell("pair", ["server", "client"][other], "true");
         lab.ok(&["restore", "good"]);
         let now = until("traffic", || traffic::look(&lab, "pair"));
@@ -134,7 +141,7 @@ fn replace(file: &Path, change: impl FnOnce(&mut Vec<u8>)) {
 }
 
 /// The last byte that is not zero, changed: in a sparse file too it is one that was stored.
-fn flip(bytes: &mut Vec<u8>) {
+fn flip(bytes: &mut [u8]) {
     let at = bytes.iter().rposition(|byte| *byte != 0).unwrap();
     bytes[at] ^= 1;
 }
@@ -155,16 +162,22 @@ fn damaged_snapshots_are_refused_and_nothing_else_is_touched() {
     let folder = lab.home().join("store/snapshots").join(&id);
     let cached = lab.runtime().join("ram").join(&id);
     let copy = |from: &Path, to: &Path| {
-        let copied = std::process::Command::new("cp").args(["-r", "--sparse=always"]).arg(from).arg(to).status();
+        let copied =
+            std::process::Command::new("cp").args(["-r", "--sparse=always"]).arg(from).arg(to).status();
         assert!(copied.unwrap().success());
     };
     copy(&folder, &spare);
 
     let layer = PathBuf::from("disks/client/data").join(&entries(&folder.join("disks/client/data"))[0]);
-    let files =
-        [Path::new("ram/server"), Path::new("state/client"), Path::new("frames"), Path::new("manifest.json"), &layer];
+    let files = [
+        Path::new("ram/server"),
+        Path::new("state/client"),
+        Path::new("frames"),
+        Path::new("manifest.json"),
+        &layer,
+    ];
     for file in files {
-        for (how, change) in [("flipped", flip as fn(&mut Vec<u8>)), ("cut short", halve)] {
+        for (how, change) in [("flipped", (|bytes| flip(bytes)) as fn(&mut Vec<u8>)), ("cut short", halve)] {
             let what = format!("{} {how}", file.display());
             // Nothing in flight leaves nothing to damage.
             if std::fs::metadata(folder.join(file)).unwrap().len() == 0 {
@@ -172,11 +185,12 @@ fn damaged_snapshots_are_refused_and_nothing_else_is_touched() {
             }
             replace(&folder.join(file), change);
             // Memory that is still in the cache hides what happened to the store's.
-            std::fs::remove_dir_all(&cached).or_else(|error| match error.kind() {
-                std::io::ErrorKind::NotFound => Ok(()),
-                _ => Err(error),
-            })
-            .unwrap();
+            std::fs::remove_dir_all(&cached)
+                .or_else(|error| match error.kind() {
+                    std::io::ErrorKind::NotFound => Ok(()),
+                    _ => Err(error),
+                })
+                .unwrap();
             for command in [&["restore"][..], &["fork"]] {
                 let left = lab.run(&[command, &[&id, "--json"]].concat());
                 assert_eq!(left.status, Some(1), "{command:?} with {what}: {left:?}");

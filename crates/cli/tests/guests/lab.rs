@@ -262,7 +262,8 @@ impl Lab {
 
     /// How many QEMU processes run with this lab's folders.
     pub fn machine_processes(&self) -> usize {
-        let is_qemu = |pid: &Pid| arguments(*pid).first().is_some_and(|program| program.contains("qemu-system"));
+        let is_qemu =
+            |pid: &Pid| arguments(*pid).first().is_some_and(|program| program.contains("qemu-system"));
         self.processes().iter().filter(|pid| is_qemu(pid)).count()
     }
 
