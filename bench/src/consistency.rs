@@ -269,7 +269,8 @@ fn judge(findings: &Findings, violations: &mut Vec<String>) {
     if findings.unaccounted != 0 {
         violations.push(format!("{} frames unaccounted", findings.unaccounted));
     }
-    let fields: [(&str, fn(&Suffered) -> u64); 4] = [
+    type Field = (&'static str, fn(&Suffered) -> u64);
+    let fields: [Field; 4] = [
         ("datagrams lost", |suffered| suffered.udp_lost),
         ("datagrams doubled", |suffered| suffered.udp_duplicated),
         ("datagrams reordered", |suffered| suffered.udp_reordered),

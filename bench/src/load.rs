@@ -68,8 +68,13 @@ pub(crate) fn cores_used(lab: &Lab, name: &str) -> Result<f64, Failure> {
 
 /// The QEMU processes.
 pub(crate) fn pids(lab: &Lab, name: &str) -> Result<Vec<u32>, Failure> {
-    let status: EnvironmentStatus = lab.run(&["-e", name, "status"])?;
-    Ok(status.machines.iter().filter_map(|machine| machine.pid).collect())
+    #[derive(Deserialize)]
+    struct Status {
+        environments: Vec<EnvironmentStatus>,
+    }
+    let status: Status = lab.run(&["-e", name, "status"])?;
+    let machines = status.environments.iter().flat_map(|environment| &environment.machines);
+    Ok(machines.filter_map(|machine| machine.pid).collect())
 }
 
 /// What one program in a guest says of itself. Fields that it does not have are 0.

@@ -39,8 +39,8 @@
 //! * A snapshot's folder holds a link of its own to every byte it needs. Removing a snapshot removes only its own
 //!   links, so it breaks neither another snapshot nor an environment that linked the layers into its own folder.
 //! * The manifest names each file by the one path that its role allows: no manifest can lead outside its folder.
-//! * Nothing read back is handed out before its hash has been checked; [`Store::disk_files`] (paths) is the one
-//!   exception, and says so.
+//! * Nothing read back is handed out before its hash has been checked; [`Store::disk_files`]
+//!   relies on what this process has hashed before.
 
 mod blobs;
 mod blocks;

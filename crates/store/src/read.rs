@@ -90,14 +90,17 @@ impl Store {
             .map_err(|error| StoreError::corrupt(&stored.folder.join(&record.file), Damage::Frames(error)))
     }
 
-    /// Where a machine's disks are. Only the layers' lengths are checked: they are large, and QEMU reads them where
-    /// they are. [`Store::verify`] reads all of them.
+    /// Where a machine's disks are, after checking their contents. A layer that this process has hashed before, and
+    /// that has not been written since, is not read again; [`Store::verify`] reads all of them.
     pub fn disk_files(&self, stored: &Stored, machine: &str) -> Result<Vec<DiskFiles>, StoreError> {
         let machine = stored.machine(machine)?;
         let disk = |disk: &crate::DiskRecord| {
             let layers = disk.layers.iter().map(|layer| {
                 let path = stored.folder.join(&layer.file);
-                files::open_stored(&path, layer.bytes)?;
+                let file = files::open_stored(&path, layer.bytes)?;
+                if crate::write::hash_file(self, &file, &path)?.to_hex().as_str() != layer.blake3 {
+                    return Err(StoreError::corrupt(&path, Damage::Contents { offset: None }));
+                }
                 Ok(LayerFile { path, format: layer.format, bytes: layer.bytes })
             });
             Ok(DiskFiles {
