@@ -3,7 +3,7 @@
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use base64::Engine;
@@ -49,16 +49,21 @@ impl Agent {
                 ApiError::new(ErrorKind::Invalid, format!("standard input is not base64: {error}"))
             })?,
         };
-        let (_, paths) = self.machine_paths(environment, machine)?;
+        let (slot, paths) = self.machine_paths(environment, machine)?;
+        let channel =
+            slot.state().machine(machine).map(|machine| Arc::clone(&machine.guest)).ok_or_else(|| {
+                ApiError::new(ErrorKind::WrongState, format!("machine {machine} is not there any more"))
+            })?;
         let limit = request.agent_timeout_ms.map_or(AGENT_LIMIT, Duration::from_millis);
-        let mut agent = connect(&paths.guest_agent, machine, limit, operation)?;
-        let failed = |error: GuestAgentError| guest_error(machine, &error);
-        agent.set_timeout(ANSWER_LIMIT + Duration::from_secs(input.len() as u64 / INPUT_BYTES_PER_SECOND));
-        let running = agent.exec(program, arguments, &[], &input).map_err(failed)?;
-        agent.set_timeout(ANSWER_LIMIT);
+        channel.reach(&paths.guest_agent, machine, limit, operation)?;
+        let input_limit = ANSWER_LIMIT + Duration::from_secs(input.len() as u64 / INPUT_BYTES_PER_SECOND);
+        let running =
+            channel.request(machine, input_limit, |agent| agent.exec(program, arguments, &[], &input))?;
         let mut poll = POLL_FIRST;
         let status = loop {
-            if let Some(status) = agent.exec_status(running).map_err(failed)? {
+            if let Some(status) =
+                channel.request(machine, ANSWER_LIMIT, |agent| agent.exec_status(running))?
+            {
                 break status;
             }
             operation.check()?;
@@ -127,30 +132,77 @@ impl Agent {
     }
 }
 
-fn connect(
-    path: &Path,
-    machine: &str,
-    limit: Duration,
-    operation: &Operation,
-) -> Result<GuestAgent, ApiError> {
-    let deadline = Instant::now() + limit;
-    loop {
-        let now = Instant::now();
-        match GuestAgent::connect(path, deadline.min(now + TRY_LIMIT)) {
-            Ok(agent) => return Ok(agent),
-            Err(GuestAgentError::NotResponding { .. }) if now + TRY_LIMIT < deadline => operation.check()?,
-            Err(GuestAgentError::NotResponding { .. }) => {
-                return Err(ApiError::new(
-                    ErrorKind::Guest,
-                    format!("machine {machine}: its guest agent did not answer within {} s", limit.as_secs()),
-                )
-                .hint(
-                    "the guest may still be booting, be paused, or lack qemu-guest-agent; `diorama logs` and \
-                     `diorama console` show what it does",
-                ));
+/// The one connection to a machine's guest agent. QEMU serves one at a time, so that commands share it, a request each
+/// in turn; and it is kept, because QEMU notices a closed one only when the guest reads.
+#[derive(Debug, Default)]
+pub(crate) struct GuestChannel(Mutex<Option<GuestAgent>>);
+
+impl GuestChannel {
+    /// Comes into step with the guest's agent, within `limit`.
+    fn reach(
+        &self,
+        path: &Path,
+        machine: &str,
+        limit: Duration,
+        operation: &Operation,
+    ) -> Result<(), ApiError> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let next = deadline.min(Instant::now() + TRY_LIMIT);
+            match self.try_reach(path, next) {
+                Ok(()) => return Ok(()),
+                Err(GuestAgentError::NotResponding { .. }) if next < deadline => operation.check()?,
+                Err(GuestAgentError::NotResponding { .. }) => {
+                    return Err(ApiError::new(
+                        ErrorKind::Guest,
+                        format!("machine {machine}: its guest agent did not answer within {} s", limit.as_secs()),
+                    )
+                    .hint(
+                        "the guest may still be booting, be paused, or lack qemu-guest-agent; `diorama logs` and \
+                         `diorama console` show what it does",
+                    ));
+                }
+                Err(error) => return Err(guest_error(machine, &error)),
             }
-            Err(error) => return Err(guest_error(machine, &error)),
         }
+    }
+
+    fn try_reach(&self, path: &Path, deadline: Instant) -> Result<(), GuestAgentError> {
+        let mut connection = self.lock();
+        if connection.is_none() {
+            let stream = UnixStream::connect(path)
+                .map_err(|source| GuestAgentError::Connect { path: path.display().to_string(), source })?;
+            *connection = Some(GuestAgent::attach(stream));
+        }
+        let Some(agent) = connection.as_mut() else { return Err(GuestAgentError::Disconnected) };
+        let result = agent.resynchronise(deadline);
+        if !matches!(result, Ok(()) | Err(GuestAgentError::NotResponding { .. })) {
+            *connection = None;
+        }
+        result
+    }
+
+    /// Makes one request; whoever comes next finds the channel in step, or brings it there.
+    fn request<T>(
+        &self,
+        machine: &str,
+        limit: Duration,
+        ask: impl FnOnce(&mut GuestAgent) -> Result<T, GuestAgentError>,
+    ) -> Result<T, ApiError> {
+        let mut connection = self.lock();
+        let agent =
+            connection.as_mut().ok_or_else(|| guest_error(machine, &GuestAgentError::Disconnected))?;
+        agent.set_timeout(limit);
+        let result = ask(agent);
+        if matches!(result, Err(GuestAgentError::Disconnected)) {
+            *connection = None;
+        }
+        result.map_err(|error| guest_error(machine, &error))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<GuestAgent>> {
+        // A request that panicked leaves a channel out of step; the next one brings it back.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -8,6 +8,7 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use diorama_api::{ApiError, ErrorKind};
@@ -229,6 +230,7 @@ impl Launched<'_> {
             monitor: Some(started.monitor),
             ports: ports.clone(),
             vcpu_threads: started.vcpu_threads,
+            guest: Arc::default(),
             spawned: Some(started.spawned),
         });
         for (port, stream) in ports.into_iter().zip(started.nics) {
@@ -413,7 +415,7 @@ fn start(
         let threads = find_vcpu_threads(&mut monitor)?;
         Ok((monitor, threads))
     };
-    let (monitor, vcpu_threads) = connected().map_err(|error| match (&error, &mut spawned.0) {
+    let (mut monitor, vcpu_threads) = connected().map_err(|error| match (&error, &mut spawned.0) {
         (QmpError::Disconnected { .. }, Some(spawned)) => {
             machine_error(&name, spawned.explain_end(Instant::now() + KILL_LIMIT).to_string())
         }
@@ -422,7 +424,14 @@ fn start(
     let nics = nic_sockets
         .iter()
         .map(|path| UnixStream::connect(path).map_err(|error| io_error(path, &error)))
-        .collect::<Result<_, _>>()?;
+        .collect::<Result<Vec<_>, _>>()?;
+    // The kernel accepts before QEMU does. QEMU 7.2 crashes when the guest sends before its `-netdev stream` has so
+    // much as begun to listen in its own eyes (a low-priority callback that a busy computer delays past `cont`).
+    for _ in &nics {
+        monitor
+            .wait_event(&["NETDEV_STREAM_CONNECTED"], deadline)
+            .map_err(|error| qmp_error(&name, &error))?;
+    }
     let spawned = spawned.0.take().expect("armed until here");
     Ok(Started { name, spawned, monitor, vcpu_threads, nics })
 }

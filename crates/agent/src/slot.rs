@@ -16,6 +16,7 @@ use diorama_switch::{NetworkId, PortId};
 use diorama_topology::EnvironmentName;
 
 use crate::dataplane::SegmentId;
+use crate::guest::GuestChannel;
 use crate::operation::Operation;
 use crate::record::{Phase, Record};
 
@@ -67,6 +68,7 @@ pub(crate) struct RunningMachine {
     /// In the order of the machine's NICs.
     pub(crate) ports: Vec<PortId>,
     pub(crate) vcpu_threads: Vec<u32>,
+    pub(crate) guest: Arc<GuestChannel>,
     /// The process, when this agent started it: to be reaped.
     pub(crate) spawned: Option<Spawned>,
 }

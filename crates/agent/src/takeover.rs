@@ -85,7 +85,14 @@ impl Agent {
                         (None, Vec::new())
                     }
                 };
-                running.machines.push(RunningMachine { name, monitor, ports, vcpu_threads, spawned: None });
+                running.machines.push(RunningMachine {
+                    name,
+                    monitor,
+                    ports,
+                    vcpu_threads,
+                    guest: Arc::default(),
+                    spawned: None,
+                });
             }
             tracing::info!(environment = %slot.name, machines = running.machines.len(), "taken back");
             slot.state().running = Some(running);

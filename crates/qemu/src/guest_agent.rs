@@ -121,10 +121,22 @@ impl GuestAgent {
 
     /// Synchronises on a connected channel.
     pub fn over(stream: UnixStream, deadline: Instant) -> Result<GuestAgent, GuestAgentError> {
-        let decoder = Decoder::with_limit(MAX_REPLY_BYTES);
-        let mut agent = GuestAgent { stream, decoder, timeout: Duration::from_secs(10) };
-        agent.synchronise(Instant::now(), deadline)?;
+        let mut agent = GuestAgent::attach(stream);
+        agent.resynchronise(deadline)?;
         Ok(agent)
+    }
+
+    /// Takes a connected channel, without a word to the guest yet: [`GuestAgent::resynchronise`] comes before the first
+    /// request. A channel that is kept may be tried again and again; each new connection to a guest that does not
+    /// listen would wait in QEMU's short queue behind the ones before it.
+    pub fn attach(stream: UnixStream) -> GuestAgent {
+        let decoder = Decoder::with_limit(MAX_REPLY_BYTES);
+        GuestAgent { stream, decoder, timeout: Duration::from_secs(10) }
+    }
+
+    /// Comes into step with the agent before `deadline`, whatever was left half said before.
+    pub fn resynchronise(&mut self, deadline: Instant) -> Result<(), GuestAgentError> {
+        self.synchronise(Instant::now(), deadline)
     }
 
     /// Sets how long each request may take.
