@@ -16,6 +16,7 @@ use diorama_api::ApiError;
 use diorama_qemu::command_line::{file_node, format_node};
 use diorama_qemu::process::ProcessId;
 use diorama_qemu::qmp::{Client, QmpError};
+use diorama_qemu::write_protection::Unprotected;
 use diorama_switch::{Epoch, PortId};
 use serde_json::{Value, json};
 
@@ -116,6 +117,8 @@ impl Agent {
         if !ProcessId::from(machine.process).is_alive().unwrap_or(false) {
             return Err(TakeError::Dead);
         }
+        // The agent before may have died within a snapshot.
+        let _unprotected = Unprotected::keep(machine.process.into());
         let sockets = socket_folder(slot, &self.folders, record.generation);
         let deadline = Instant::now() + ANSWER_LIMIT;
         let mut monitor = Client::connect(&SocketPaths::new(&sockets, index).monitor, deadline)?;

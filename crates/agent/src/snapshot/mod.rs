@@ -328,13 +328,15 @@ impl Attempt<'_> {
     }
 
     fn discard(&mut self) {
+        let unprotected = self.unprotected();
         for machine in &mut self.machines {
             if machine.migrating {
-                self.agent.cancel_migration(&self.slot, &machine.name);
+                self.agent.end_migration(&self.slot, &machine.name);
             }
             // Ends the thread, which may still read.
             machine.capture = None;
         }
+        drop(unprotected);
         self.remove_unused_overlays();
         self.files = None;
         if let Some(writer) = self.writer.take()

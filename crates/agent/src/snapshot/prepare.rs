@@ -9,6 +9,7 @@ use diorama_qemu::command_line::{DiskFormat, DiskLayer, blockdev, format_node};
 use diorama_qemu::memory;
 use diorama_qemu::process::{ProcessId, threads_of};
 use diorama_qemu::qmp::{Client, QmpError};
+use diorama_qemu::write_protection::Unprotected;
 use serde_json::json;
 
 use super::{Attempt, Machine};
@@ -34,6 +35,8 @@ const CAPTURE_THREAD: &str = "bg_snapshot";
 /// How long it may take to read all memory once. Past this the pause is longer, and nothing worse.
 const READ_BOUND: Duration = Duration::from_secs(10);
 const READ_POLL: Duration = Duration::from_millis(1);
+/// How often a cancelled migration is asked whether it has ended.
+const MIGRATION_POLL: Duration = Duration::from_millis(5);
 /// Disk space that a snapshot leaves free, in bytes.
 const DISK_RESERVE_BYTES: u64 = 64 << 20;
 
@@ -140,9 +143,10 @@ impl Attempt<'_> {
     /// Takes back what was prepared, to prepare anew.
     fn undo_preparation(&mut self, ram_folder: &std::path::Path) -> Result<(), ApiError> {
         self.monitors.clear();
+        let _unprotected = self.unprotected();
         for machine in &mut self.machines {
             if machine.migrating {
-                self.agent.cancel_migration(&self.slot, &machine.name);
+                self.agent.end_migration(&self.slot, &machine.name);
                 machine.migrating = false;
             }
             machine.capture = None;
@@ -158,6 +162,15 @@ impl Attempt<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Keeps the machines that are being captured live from waiting for a capture that nobody will finish.
+    pub(super) fn unprotected(&self) -> Vec<Unprotected> {
+        let machines = self.machines.iter().zip(&self.record.machines);
+        machines
+            .filter(|(machine, _)| machine.runs && self.capture == CaptureMode::Live)
+            .map(|(_, machine)| Unprotected::keep(machine.process.into()))
+            .collect()
     }
 
     /// What the data plane needs for the cut.
@@ -418,9 +431,21 @@ fn unprepared(machine: &str) -> ApiError {
 }
 
 impl Agent {
-    /// Stops a migration that nobody wants any more. The machine's monitor may be gone with the machine.
-    pub(super) fn cancel_migration(&self, slot: &Slot, machine: &str) {
+    /// Stops a migration that nobody wants any more, and waits until it has ended. The machine's monitor may be gone with
+    /// the machine.
+    pub(super) fn end_migration(&self, slot: &Slot, machine: &str) {
         self.try_command(slot, machine, "migrate_cancel", serde_json::Value::Null);
+        let deadline = Instant::now() + COMMAND_LIMIT;
+        while Instant::now() < deadline {
+            let answer = self.try_command(slot, machine, "query-migrate", serde_json::Value::Null);
+            let status = answer.as_ref().and_then(|answer| answer["status"].as_str());
+            if !matches!(status, Some("setup" | "active" | "cancelling" | "device" | "pre-switchover")) {
+                return;
+            }
+            // QEMU tells only those who asked for its events before.
+            std::thread::sleep(MIGRATION_POLL);
+        }
+        tracing::error!(machine, "a cancelled capture does not end");
     }
 
     /// Removes a block node that is not in use.
@@ -428,12 +453,18 @@ impl Agent {
         self.try_command(slot, machine, "blockdev-del", json!({"node-name": node}));
     }
 
-    fn try_command(&self, slot: &Slot, machine: &str, command: &str, arguments: serde_json::Value) {
+    fn try_command(
+        &self,
+        slot: &Slot,
+        machine: &str,
+        command: &str,
+        arguments: serde_json::Value,
+    ) -> Option<serde_json::Value> {
         let mut state = slot.state();
-        if let Some(monitor) = state.machine(machine).and_then(|machine| machine.monitor.as_mut())
-            && let Err(error) = monitor.execute(command, arguments, COMMAND_LIMIT)
-        {
-            tracing::info!(machine, command, %error, "undoing part of a snapshot");
-        }
+        let monitor = state.machine(machine).and_then(|machine| machine.monitor.as_mut())?;
+        monitor
+            .execute(command, arguments, COMMAND_LIMIT)
+            .inspect_err(|error| tracing::info!(machine, command, %error, "undoing part of a snapshot"))
+            .ok()
     }
 }
