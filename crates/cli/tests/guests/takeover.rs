@@ -59,7 +59,7 @@ fn an_agent_killed_within_a_snapshot_leaves_nothing_of_it() {
     let mut arrived = traffic::start(&lab, "pair");
     let mut expected = Vec::new();
     // From the preparation over the cut to the storing.
-    for delay_ms in [40, 90, 150, 250, 400, 700] {
+    for delay_ms in [60, 150, 300, 500] {
         let name = format!("after-{delay_ms}");
         let mut command = lab.begin(&["snapshot", "create", &name]);
         std::thread::sleep(Duration::from_millis(delay_ms));
@@ -89,7 +89,7 @@ fn an_agent_killed_while_machines_start_leaves_none() {
     let lab = Lab::new();
     let file = lab.write("diorama.yaml", PAIR);
     lab.ok(&["status"]);
-    for delay_ms in [30, 100, 200, 400] {
+    for delay_ms in [60, 200] {
         let mut command = lab.begin(&["up", file.to_str().unwrap()]);
         std::thread::sleep(Duration::from_millis(delay_ms));
         lab.kill_agent();

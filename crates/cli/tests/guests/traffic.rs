@@ -38,7 +38,9 @@ pub fn start(lab: &Lab, environment: &str) -> Arrived {
     lab.shell(
         environment,
         "client",
-        "traffic tcp-send --to 10.0.0.1:7000 --rate 400KiB </dev/null >/dev/null 2>&1 & \
+        // Frames that wait for an answer to ARP may leave in another order.
+        "ping -c 1 -W 10 10.0.0.1 >/dev/null; \
+         traffic tcp-send --to 10.0.0.1:7000 --rate 400KiB </dev/null >/dev/null 2>&1 & \
          traffic udp-send --to 10.0.0.1:7001 --rate 200 </dev/null >/dev/null 2>&1 &",
     );
     until("traffic", || look(lab, environment).filter(|arrived| arrived.bytes > 0 && arrived.received > 0))
