@@ -98,7 +98,7 @@ fn the_whole_command_line() {
 }
 
 #[test]
-fn a_fresh_machine_runs_at_once_and_has_its_own_memory() {
+fn a_fresh_machine_has_its_own_memory() {
     let fresh = MachineConfig {
         incoming: false,
         ram: RamSource::Anonymous,
@@ -108,7 +108,7 @@ fn a_fresh_machine_runs_at_once_and_has_its_own_memory() {
     };
     let text = lines(&fresh);
     assert!(text.contains("\"memory-backend-ram\"") && !text.contains("memory-backend-file"));
-    for absent in ["\n-S", "-incoming", "-sandbox", "vmgenid"] {
+    for absent in ["-incoming", "-sandbox", "vmgenid"] {
         assert!(!text.contains(absent), "{absent}");
     }
 }
@@ -160,7 +160,7 @@ fn impossible_machines_are_refused() {
     refused(|config| config.disks = vec![disk.clone(); 9], "9 disks, at most 8");
     refused(|config| config.disks = vec![disk.clone(); 2], "two disks are named \"root\"");
     refused(|config| config.disks[0].chain.clear(), "disk \"root\" has no image");
-    for name in ["", "a,b", "1", "a-1", "this_name_is_too_long"] {
+    for name in ["", "a,b", "1", "this_name_is_too_long"] {
         refused(|config| config.disks[0].name = name.into(), "must be 1 to 20");
     }
     refused(

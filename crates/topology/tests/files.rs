@@ -594,7 +594,14 @@ fn too_many() {
     let disks: Vec<String> = (0..17).map(|index| format!("{{name: d{index}, size: 1G}}")).collect();
     check(
         &format!("machines: {{a: {{image: micro, disks: [{}]}}}}\n", disks.join(", ")),
-        &["1:396: 17 disks; a machine has at most 16"],
+        &["1:214: 17 disks; a machine has at most 8"],
+    );
+    check(
+        "machines: {a: {image: micro, disks: [{name: 0, size: 1G}, {name: a-very-long-disk-name, size: 1G}]}}\n",
+        &[
+            "1:45: `0` cannot be a disk's name (a disk's name starts with a letter and has at most 20 characters: QEMU and the guest know the disk by it)",
+            "1:66: `a-very-long-disk-name` cannot be a disk's name (a disk's name starts with a letter and has at most 20 characters: QEMU and the guest know the disk by it)",
+        ],
     );
     let machines: String = (0..1001).map(|index| format!("  m{index}: {{image: micro}}\n")).collect();
     check(&format!("machines:\n{machines}"), &["1002:3: 1001 machines; an environment has at most 1000"]);

@@ -97,7 +97,9 @@ impl Machine {
         name: &str,
         change: impl FnOnce(&mut MachineConfig),
     ) -> Result<Machine, StartError> {
-        Machine::spawn(scratch, name, change)
+        let mut machine = Machine::spawn(scratch, name, change)?;
+        machine.qmp.execute("cont", Value::Null, SECOND)?;
+        Ok(machine)
     }
 
     /// Restores a machine and lets it run.

@@ -21,6 +21,8 @@ pub(crate) const MACHINE_FIELDS: &[&str] =
 /// The fields of a disk.
 pub(crate) const DISK_FIELDS: &[&str] = &["name", "size", "image"];
 
+/// The longest disk name, in characters: the length of a virtio disk's serial number.
+const MAX_DISK_NAME_LENGTH: usize = 20;
 /// The name of the disk that a machine boots from, where it boots from one.
 const BOOT_DISK: &str = "root";
 
@@ -281,6 +283,15 @@ impl Reader<'_> {
         first_lines: &mut HashMap<DiskName, u32>,
     ) -> Option<DiskName> {
         let name: DiskName = self.name(node, "a disk's name")?;
+        if name.len() > MAX_DISK_NAME_LENGTH || !name.starts_with(|first: char| first.is_ascii_lowercase()) {
+            let message = format!("`{name}` cannot be a disk's name");
+            let hint = format!(
+                "a disk's name starts with a letter and has at most {MAX_DISK_NAME_LENGTH} characters: QEMU and the \
+                 guest know the disk by it"
+            );
+            self.problems.push(node.at.problem(message, "not a disk's name").hint(hint));
+            return None;
+        }
         if boots_from_disk && name.as_str() == BOOT_DISK {
             let message = format!("the disk `{BOOT_DISK}` is the one that this machine boots from");
             self.problems.push(node.at.problem(message, "already taken").hint("give this one another name"));
