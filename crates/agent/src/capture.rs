@@ -12,6 +12,12 @@
 //!   beginning is written under the big lock, and waiting would hang the monitor: `migrate` is sent after the stop.)
 //! - in pre-copy, the gate closes when most of the memory has come, and so keeps QEMU from finishing by itself: the
 //!   end must come at the cut, after the machine was drained and stopped by us.
+//!
+//! **A live capture, once begun, is read to its end**, wanted or not. While it lasts, whoever writes to a page that is
+//! not saved yet waits until QEMU's capture thread has saved it. That thread ends when it is cancelled or its reader has
+//! gone, and leaves the protection in place: then QEMU's main thread may wait for ever, with the big lock in its hands
+//! (QEMU 7.2, and later). So a capture that failed or was given up goes on reading and throws away what it reads; and
+//! the [`crate::keeper`] does that for an agent that has died.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -19,6 +25,7 @@ use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -34,6 +41,9 @@ const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 const MOST_STATE_BYTES: usize = 256 << 20;
 /// In pre-copy, the part of the memory that comes before the gate closes, in percent.
 const GATE_PERCENT: u64 = 90;
+
+/// How long QEMU may write nothing to a capture that is only read to its end, before it is taken for stuck.
+const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 
 /// When the capture waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +68,8 @@ pub(crate) struct Captured {
 pub(crate) enum CaptureError {
     #[error("machine {machine}: the migration stream cannot be read: {source}")]
     Read { machine: String, source: std::io::Error },
+    #[error("the capture was given up")]
+    GivenUp,
     #[error("machine {machine}: {source}")]
     Stream { machine: String, source: StreamError },
     #[error("{path}: {source}")]
@@ -82,7 +94,8 @@ impl CaptureError {
 pub(crate) struct Capture {
     stream: UnixStream,
     gate: Arc<Gate>,
-    filler_bytes: usize,
+    /// Whether QEMU may have begun a live capture, which has to be read to its end.
+    read_out: bool,
     thread: Option<JoinHandle<Result<Captured, CaptureError>>>,
 }
 
@@ -92,7 +105,6 @@ pub(crate) struct GateHandle {
     gate: Arc<Gate>,
     /// Our end, to take the filler from.
     stream: UnixStream,
-    filler_bytes: usize,
 }
 
 impl GateHandle {
@@ -100,12 +112,13 @@ impl GateHandle {
     /// nobody is to copy pages while another machine still stands. The filler is taken here and not by the capture's
     /// thread, which would have to wake up first.
     pub(crate) fn set_ajar(&mut self) {
+        let mut left = self.gate.take_filler();
         let mut chunk = [0; 4096];
-        while self.filler_bytes > 0 {
-            let room = self.filler_bytes.min(chunk.len());
+        while left > 0 {
+            let room = left.min(chunk.len());
             match (&self.stream).read(&mut chunk[..room]) {
                 Ok(0) => break,
-                Ok(read) => self.filler_bytes -= read,
+                Ok(read) => left -= read,
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 // The capture's thread will find the same.
                 Err(_) => break,
@@ -118,17 +131,27 @@ impl GateHandle {
         self.set_ajar();
         self.gate.open();
     }
+
+    /// Whether memory has begun to come: the machine's state is saved, and its memory protected.
+    pub(crate) fn memory_comes(&self) -> bool {
+        self.gate.memory_comes.load(Ordering::Acquire)
+    }
 }
 
 #[derive(Debug, Default)]
 struct Gate {
     state: Mutex<GateState>,
     changed: Condvar,
+    /// Nobody wants what still comes.
+    discarding: AtomicBool,
+    memory_comes: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct GateState {
     open: bool,
+    /// What is in the socket before the stream, in bytes, and still to be taken out.
+    filler_bytes: usize,
     /// The stream has come to the gate, or to its end.
     reached: bool,
     /// The thread is done.
@@ -136,12 +159,13 @@ struct GateState {
 }
 
 impl Capture {
-    /// Starts the thread. Returns the socket's other end, for QEMU.
+    /// Starts the thread. Returns the socket's other end, for QEMU. A `live` stream is read to its end whatever happens.
     pub(crate) fn start(
         machine: &str,
         ram_path: PathBuf,
         memory_bytes: u64,
         gating: Gating,
+        live: bool,
     ) -> Result<(Self, OwnedFd), CaptureError> {
         let name = machine.to_owned();
         let failed = |source| CaptureError::Read { machine: name.clone(), source };
@@ -161,7 +185,10 @@ impl Capture {
             .open(&ram_path)
             .map_err(|source| CaptureError::RamFile { path: ram_path.clone(), source })?;
         let gate = Arc::new(Gate::default());
-        gate.state.lock().expect("nothing panics with it").open = gating == Gating::Open;
+        gate.set(|state| {
+            state.open = gating == Gating::Open;
+            state.filler_bytes = filler_bytes;
+        });
         let mut reader = ours.try_clone().map_err(failed)?;
         let thread = {
             let (machine, gate) = (machine.to_owned(), Arc::clone(&gate));
@@ -170,6 +197,9 @@ impl Capture {
                 .spawn(move || {
                     let gated = Gated { gate: &gate, gating, theirs: theirs_too };
                     let result = split(&machine, &mut reader, file, ram_path, memory_bytes, gated);
+                    if result.is_err() && live {
+                        read_out(&machine, &mut reader);
+                    }
                     gate.set(|state| {
                         state.reached = true;
                         state.ended = true;
@@ -180,7 +210,17 @@ impl Capture {
                 })
                 .map_err(failed)?
         };
-        Ok((Self { stream: ours, gate, filler_bytes, thread: Some(thread) }, OwnedFd::from(theirs)))
+        Ok((Self { stream: ours, gate, read_out: false, thread: Some(thread) }, OwnedFd::from(theirs)))
+    }
+
+    /// Our end of the socket.
+    pub(crate) fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// To be called before QEMU is told to begin a live capture: from then on it is read to its end.
+    pub(crate) fn must_be_read_out(&mut self) {
+        self.read_out = true;
     }
 
     /// Waits until the stream has come to the gate.
@@ -189,10 +229,19 @@ impl Capture {
         drop(self.gate.changed.wait_while(state, |state| !state.reached).expect("nothing panics with it"));
     }
 
-    /// What opens the gate; to be taken once.
-    pub(crate) fn gate(&mut self) -> std::io::Result<GateHandle> {
-        let filler_bytes = std::mem::take(&mut self.filler_bytes);
-        Ok(GateHandle { gate: Arc::clone(&self.gate), stream: self.stream.try_clone()?, filler_bytes })
+    /// What opens the gate.
+    pub(crate) fn gate(&self) -> std::io::Result<GateHandle> {
+        Ok(GateHandle { gate: Arc::clone(&self.gate), stream: self.stream.try_clone()? })
+    }
+
+    /// Throws away what still comes, from now on; dropping waits for the end.
+    pub(crate) fn discard(&self) {
+        self.gate.discarding.store(true, Ordering::Relaxed);
+        if !self.read_out {
+            // Wakes the thread, whatever it waits for.
+            let _ = self.stream.shutdown(Shutdown::Both);
+        }
+        self.gate.open();
     }
 
     /// Waits until the thread has ended, well or not, for at most `limit`.
@@ -215,9 +264,7 @@ impl Capture {
 impl Drop for Capture {
     fn drop(&mut self) {
         if let Some(thread) = self.thread.take() {
-            // Wakes the thread, whatever it waits for.
-            let _ = self.stream.shutdown(Shutdown::Both);
-            self.gate.open();
+            self.discard();
             let _ = thread.join();
         }
     }
@@ -231,6 +278,10 @@ impl Gate {
 
     fn open(&self) {
         self.set(|state| state.open = true);
+    }
+
+    fn take_filler(&self) -> usize {
+        std::mem::take(&mut self.state.lock().expect("nothing panics with it").filler_bytes)
     }
 
     /// Waits at the gate until it is open.
@@ -291,6 +342,25 @@ fn enlarge(theirs: &UnixStream) {
     }
 }
 
+/// Takes what still comes, and keeps none of it.
+fn read_out(machine: &str, stream: &mut UnixStream) {
+    if let Err(error) = stream.set_read_timeout(Some(SILENCE_LIMIT)) {
+        tracing::warn!(machine, %error, "a capture's socket has no timeout");
+    }
+    let mut chunk = vec![0; CHUNK_BYTES];
+    loop {
+        match stream.read(&mut chunk) {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                tracing::error!(machine, %error, "a capture that nobody wants does not end");
+                return;
+            }
+        }
+    }
+}
+
 fn split(
     machine: &str,
     stream: &mut UnixStream,
@@ -312,6 +382,9 @@ fn split(
     // Or this end would keep the socket open when QEMU has closed it.
     drop(gated.theirs);
     loop {
+        if gated.gate.discarding.load(Ordering::Relaxed) {
+            return Err(CaptureError::GivenUp);
+        }
         let read = match stream.read(&mut chunk) {
             Ok(0) => break,
             Ok(read) => read,
@@ -321,6 +394,9 @@ fn split(
         splitter
             .feed(&chunk[..read], &mut ram)
             .map_err(|source| CaptureError::Stream { machine: machine.to_owned(), source })?;
+        if splitter.pages_seen() > 0 {
+            gated.gate.memory_comes.store(true, Ordering::Release);
+        }
         if !passed && splitter.pages_seen() >= gate_pages {
             gated.gate.pass();
             passed = true;

@@ -32,6 +32,8 @@ use crate::slot::{Running, RunningMachine};
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// How long a monitor command may take.
 pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(10);
+/// How often a NIC's socket is looked for that QEMU is about to make.
+const NIC_POLL: Duration = Duration::from_millis(1);
 /// How long a killed process may take to go.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
@@ -421,10 +423,7 @@ fn start(
         }
         _ => qmp_error(&name, &error),
     })?;
-    let nics = nic_sockets
-        .iter()
-        .map(|path| UnixStream::connect(path).map_err(|error| io_error(path, &error)))
-        .collect::<Result<Vec<_>, _>>()?;
+    let nics = nic_sockets.iter().map(|path| connect_nic(path, deadline)).collect::<Result<Vec<_>, _>>()?;
     // The kernel accepts before QEMU does. QEMU 7.2 crashes when the guest sends before its `-netdev stream` has so
     // much as begun to listen in its own eyes (a low-priority callback that a busy computer delays past `cont`).
     for _ in &nics {
@@ -434,6 +433,23 @@ fn start(
     }
     let spawned = spawned.0.take().expect("armed until here");
     Ok(Started { name, spawned, monitor, vcpu_threads, nics })
+}
+
+/// Connects a NIC. QEMU binds and listens in a thread of its own and announces it nowhere, so it is tried until then.
+fn connect_nic(path: &Path, deadline: Instant) -> Result<UnixStream, ApiError> {
+    loop {
+        match UnixStream::connect(path) {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused
+                ) && Instant::now() < deadline =>
+            {
+                std::thread::sleep(NIC_POLL);
+            }
+            result => return result.map_err(|error| io_error(path, &error)),
+        }
+    }
 }
 
 /// Feeds a machine its device state and waits until it is loaded.

@@ -9,6 +9,7 @@
 //! | `snapshot` | preparing, cutting, capturing, storing, committing |
 //! | `restore` | rolling back, and forks |
 //! | `takeover` | machines that outlived the agent before |
+//! | `keeper` | live captures whose agent has died |
 //! | `ram_cache` | snapshots' memory, ready to be mapped |
 //! | `guest` | commands and consoles inside machines |
 //! | `http` | the API |
@@ -27,6 +28,7 @@ mod guest;
 mod hardware;
 mod http;
 mod images;
+mod keeper;
 mod launch;
 mod operation;
 mod pause;
@@ -51,6 +53,7 @@ use tokio::sync::Notify;
 pub use dataplane::switch_streams;
 pub use doctor::doctor;
 pub use images::BUILT_IN_IMAGES;
+pub use keeper::keep_captures;
 pub use serve::{Options, run};
 
 use dataplane::DataPlane;

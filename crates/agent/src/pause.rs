@@ -57,6 +57,7 @@ impl Agent {
                 after_stop: Vec::new(),
                 resume: Resume::Never,
                 gate: None,
+                armed: false,
             });
         }
         if !machines.is_empty() {

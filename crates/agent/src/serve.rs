@@ -6,7 +6,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use diorama_api::{ApiError, ErrorKind, Folders};
 use nix::fcntl::{Flock, FlockArg};
@@ -18,6 +18,10 @@ use crate::problem::io_error;
 const IDLE_LIMIT: Duration = Duration::from_secs(30);
 /// How often idleness is looked at.
 const IDLE_CHECK: Duration = Duration::from_secs(5);
+
+/// How long the lock of an agent that was killed may take to go.
+const LOCK_LIMIT: Duration = Duration::from_secs(2);
+const LOCK_POLL: Duration = Duration::from_millis(10);
 
 /// How an agent is to run.
 #[derive(Debug)]
@@ -141,13 +145,23 @@ fn lock(folders: &Folders) -> Result<Flock<File>, ApiError> {
         .write(true)
         .open(&path)
         .map_err(|error| io_error(&path, &error))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
-        ApiError::new(
-            ErrorKind::Agent,
-            format!("another agent runs with {} ({error})", folders.home().display()),
-        )
-        .hint("`diorama agent stop` ends it")
-    })
+    // A process that an agent was just starting when it was killed holds the lock until it runs its own program.
+    let deadline = Instant::now() + LOCK_LIMIT;
+    let mut file = file;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((back, _)) if Instant::now() < deadline => file = back,
+            Err((_, error)) => {
+                return Err(ApiError::new(
+                    ErrorKind::Agent,
+                    format!("another agent runs with {} ({error})", folders.home().display()),
+                )
+                .hint("`diorama agent stop` ends it"));
+            }
+        }
+        std::thread::sleep(LOCK_POLL);
+    }
 }
 
 impl Agent {

@@ -16,7 +16,6 @@ use diorama_api::ApiError;
 use diorama_qemu::command_line::{file_node, format_node};
 use diorama_qemu::process::ProcessId;
 use diorama_qemu::qmp::{Client, QmpError};
-use diorama_qemu::write_protection::Unprotected;
 use diorama_switch::{Epoch, PortId};
 use serde_json::{Value, json};
 
@@ -30,6 +29,10 @@ use crate::up::{disk_folder, remove_tree, remove_unreferenced_disks, socket_fold
 
 /// How long QEMU may take to see that its old peer has gone.
 const PORT_LIMIT: Duration = Duration::from_secs(3);
+/// How long a capture of the agent before may take to end; nobody wants it, so it is only read.
+const CAPTURE_LIMIT: Duration = Duration::from_secs(120);
+/// How often a migration is asked whether it has ended: QEMU tells only those who asked for its events before.
+pub(crate) const MIGRATION_POLL: Duration = Duration::from_millis(5);
 /// How long a machine may take to answer a new agent.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
@@ -117,11 +120,10 @@ impl Agent {
         if !ProcessId::from(machine.process).is_alive().unwrap_or(false) {
             return Err(TakeError::Dead);
         }
-        // The agent before may have died within a snapshot.
-        let _unprotected = Unprotected::keep(machine.process.into());
         let sockets = socket_folder(slot, &self.folders, record.generation);
         let deadline = Instant::now() + ANSWER_LIMIT;
         let mut monitor = Client::connect(&SocketPaths::new(&sockets, index).monitor, deadline)?;
+        wait_for_capture(&mut monitor)?;
         let status = monitor.execute("query-status", Value::Null, COMMAND_LIMIT)?;
         // A machine that is off takes no frames: QEMU has stopped reading, and does not see that its peer has gone.
         let off = machine.rest == Some(crate::record::Rest::Shutdown) || status["status"] == "shutdown";
@@ -167,8 +169,6 @@ impl Agent {
             }
             Some(crate::record::Rest::Shutdown) => {}
             None => {
-                // Nothing to cancel is an error that says so.
-                let _ = monitor.execute("migrate_cancel", Value::Null, COMMAND_LIMIT);
                 let status = monitor.execute("query-status", Value::Null, COMMAND_LIMIT)?;
                 let stands = matches!(
                     status["status"].as_str(),
@@ -181,6 +181,31 @@ impl Agent {
         }
         Ok((monitor, threads))
     }
+}
+
+/// The agent before may have died within a snapshot: its captures are read to their ends (see [`crate::keeper`]), and the
+/// machine is stopped meanwhile by QEMU itself, so that nothing is done with it before.
+fn wait_for_capture(monitor: &mut Client) -> Result<(), QmpError> {
+    let deadline = Instant::now() + CAPTURE_LIMIT;
+    while migration_runs(monitor)? {
+        if Instant::now() > deadline {
+            tracing::error!("a capture of the agent before does not end; it is cancelled");
+            monitor.execute("migrate_cancel", Value::Null, COMMAND_LIMIT)?;
+            return Ok(());
+        }
+        std::thread::sleep(MIGRATION_POLL);
+    }
+    Ok(())
+}
+
+/// Whether QEMU still works on a migration.
+pub(crate) fn migration_runs(monitor: &mut Client) -> Result<bool, QmpError> {
+    let answer = monitor.execute("query-migrate", Value::Null, COMMAND_LIMIT)?;
+    let status = answer["status"].as_str();
+    Ok(matches!(
+        status,
+        Some("setup" | "active" | "cancelling" | "device" | "pre-switchover" | "wait-unplug")
+    ))
 }
 
 /// Why a machine cannot be taken back.

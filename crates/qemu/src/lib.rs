@@ -12,7 +12,6 @@
 //! | [`migration`] | splitting a migration stream into RAM pages and a residual stream | RAM file only |
 //! | [`disk`] | empty overlays and a bounded look at disk images | yes |
 //! | [`memory`] | main memory seen from outside: huge pages | yes |
-//! | [`write_protection`] | ending a live capture half-way without losing the machine | yes |
 //! | [`guest_agent`] | commands run inside the guest | yes |
 //!
 //! Guests are hostile, and so is everything that carries their bytes: the migration stream, guest agent replies and
@@ -27,4 +26,3 @@ pub mod migration;
 pub mod process;
 pub mod qmp;
 pub mod socket_path;
-pub mod write_protection;

@@ -15,7 +15,9 @@
 //! Invariants:
 //! - the epoch of a machine's ports goes up only when its `stop` has been answered and its sockets are read
 //!   empty, and before anything is saved;
-//! - whatever happens, at the end no port is held by the cut, and no machine that ran is stopped.
+//! - whatever happens, at the end no port is held by the cut, and no machine that ran is stopped;
+//! - a live capture is never cancelled: one that has begun to save is waited for, and one that waits at its gate stays
+//!   there until another job of [`Goal::Disarm`] lets it through.
 
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
@@ -66,6 +68,9 @@ pub(crate) enum Goal {
         /// What becomes of frames in flight.
         in_flight: InFlight,
     },
+    /// Let captures through that wait at their gates and that nobody wants any more: drain, stop, save, go on, with no new
+    /// epoch and nothing recorded. QEMU stops the machine for it in any case; without a drain that would lose frames.
+    Disarm,
     /// Drain and stop, and stay so: `diorama pause`.
     Pause,
 }
@@ -73,7 +78,7 @@ pub(crate) enum Goal {
 impl Goal {
     fn hold(self) -> Hold {
         match self {
-            Goal::Snapshot { .. } => Hold::Cut,
+            Goal::Snapshot { .. } | Goal::Disarm => Hold::Cut,
             Goal::Pause => Hold::Pause,
         }
     }
@@ -84,6 +89,8 @@ impl Goal {
 pub(crate) enum Resume {
     /// QEMU resumes it by itself once the device state is saved (background-snapshot).
     ByItself,
+    /// The same, but QEMU leaves it as it found it: we resume it when memory begins to come.
+    OnceSaved,
     /// We resume it when the migration has completed.
     AfterMigration,
     /// It did not run before, and does not afterwards.
@@ -122,8 +129,10 @@ pub(crate) struct CutMachine {
     /// The disk pivot, then the migration.
     pub(crate) after_stop: Vec<AfterStop>,
     pub(crate) resume: Resume,
-    /// Opened once the machine stands still and its disks are pivoted: lets a migration that waits go on.
+    /// Of the capture. Opened once the machine stands still and its disks are pivoted: lets a migration that waits go on.
     pub(crate) gate: Option<GateHandle>,
+    /// Whether a live capture waits at the gate.
+    pub(crate) armed: bool,
 }
 
 /// What came of it.
@@ -174,6 +183,8 @@ pub(crate) struct CutMachineResult {
     pub(crate) pivoted: bool,
     /// Whether `migrate` was accepted.
     pub(crate) migrating: bool,
+    /// Whether a live capture still waits at its gate.
+    pub(crate) armed: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -208,6 +219,9 @@ struct Progress {
     cut_at: Option<Time>,
     stop_event: Option<Timestamp>,
     resume_event: Option<Timestamp>,
+    /// A question whose answer shows that QEMU has left the machine as it found it.
+    asked_id: Option<u64>,
+    answered: bool,
     cont_id: Option<u64>,
     resumed: bool,
     released_at: Option<Time>,
@@ -295,6 +309,7 @@ impl LocalCut {
     pub(super) fn deadline(&self) -> Time {
         let wait = match self.stage {
             Stage::Draining => return Time(0),
+            Stage::Saving if self.watches_memory() => return Time(0),
             Stage::Stopping | Stage::Saving => self.bound,
             Stage::Undoing => UNDO_BOUND,
         };
@@ -303,7 +318,17 @@ impl LocalCut {
 
     /// How long to wait when nothing is to be read and the stage polls.
     pub(super) fn poll_interval(&self) -> Option<Duration> {
-        (self.stage == Stage::Draining).then_some(DRAIN_POLL)
+        (self.stage == Stage::Draining || self.watches_memory()).then_some(DRAIN_POLL)
+    }
+
+    /// Whether a machine is resumed as soon as its memory comes, which nothing announces here.
+    fn watches_memory(&self) -> bool {
+        matches!(self.stage, Stage::Saving | Stage::Undoing)
+            && self.machines.iter().any(|progress| {
+                progress.machine.resume == Resume::OnceSaved
+                    && progress.released_at.is_none()
+                    && progress.asked_id.is_none()
+            })
     }
 
     /// Reads what a machine's monitor sent.
@@ -463,12 +488,13 @@ impl LocalCut {
                 progress.saving = true;
                 match progress.machine.resume {
                     Resume::ByItself => gate.set_ajar(),
-                    Resume::AfterMigration | Resume::Never => gate.open(),
+                    Resume::OnceSaved | Resume::AfterMigration | Resume::Never => gate.open(),
                 }
             }
+            failure = failure.or(progress.resume_when_saved(Stage::Saving));
             let ready = match (self.goal, progress.machine.resume) {
                 (Goal::Pause, _) | (_, Resume::Never) => true,
-                (_, Resume::ByItself) => progress.resumed,
+                (_, Resume::ByItself | Resume::OnceSaved) => progress.resumed,
                 (_, Resume::AfterMigration) => {
                     if progress.migrated && progress.cont_id.is_none() {
                         let id = progress.reserve_id();
@@ -538,7 +564,11 @@ impl LocalCut {
                 progress.abandon(self.goal, segment, io);
                 continue;
             }
-            if progress.migrating || progress.commands.iter().any(|(_, command)| *command == "migrate") {
+            if progress.saves_live() {
+                // It goes on as if nothing had happened, and the machine with it.
+                continue;
+            }
+            if progress.may_be_migrating() && !progress.is_live() {
                 let id = progress.reserve_id();
                 // Refused when there is nothing to cancel: the answer is of no interest.
                 let _ = progress.send(id, "migrate_cancel", Value::Null, Stage::Undoing);
@@ -559,12 +589,16 @@ impl LocalCut {
             if progress.released_at.is_some() {
                 continue;
             }
+            // A failure to send shows as a monitor that closes.
+            let _ = progress.resume_when_saved(Stage::Undoing);
             if progress.resumed || !progress.monitor_open || late {
-                if late {
+                if late && !progress.resumed {
                     tracing::error!(
                         machine = progress.machine.name,
                         "could not make sure that the machine runs on"
                     );
+                    let id = progress.reserve_id();
+                    let _ = progress.send(id, "cont", Value::Null, Stage::Undoing);
                 }
                 progress.abandon(self.goal, segment, io);
             }
@@ -588,7 +622,7 @@ impl LocalCut {
                 let recording = segment.switch_mut().stop_recording();
                 (recording, segment.accounting(epoch))
             }
-            Goal::Pause => (None, Vec::new()),
+            Goal::Disarm | Goal::Pause => (None, Vec::new()),
         };
         if let Some(recording) = &recording
             && !recording.is_complete()
@@ -604,7 +638,9 @@ impl LocalCut {
                 if progress.stop_id.is_some() {
                     progress.prefer_others(false);
                 }
-                if let Some(gate) = &mut progress.machine.gate {
+                if progress.saving
+                    && let Some(gate) = &mut progress.machine.gate
+                {
                     gate.open();
                 }
                 if let Some(monitor) = &progress.machine.monitor
@@ -687,10 +723,48 @@ impl Progress {
             cut_at: None,
             stop_event: None,
             resume_event: None,
+            asked_id: None,
+            answered: false,
             cont_id: None,
             resumed: false,
             released_at: None,
         }
+    }
+
+    /// Whether its memory is captured while it runs.
+    fn is_live(&self) -> bool {
+        matches!(self.machine.resume, Resume::ByItself | Resume::OnceSaved)
+    }
+
+    fn may_be_migrating(&self) -> bool {
+        self.machine.armed || self.migrating || self.commands.iter().any(|(_, command)| *command == "migrate")
+    }
+
+    /// Whether QEMU saves the devices now, or has done so, for a live capture.
+    fn saves_live(&self) -> bool {
+        self.is_live() && self.may_be_migrating() && (self.saving || !self.machine.armed)
+    }
+
+    /// Resumes a machine that QEMU leaves standing, once it is saved.
+    ///
+    /// When its memory begins to come, QEMU's main loop is about to set the machine's state to what it was: standing. A
+    /// `cont` that came before would be undone in name only. So something is asked first: QEMU answers after that.
+    fn resume_when_saved(&mut self, stage: Stage) -> Option<CutFailure> {
+        if self.machine.resume != Resume::OnceSaved || self.cont_id.is_some() || !self.saves_live() {
+            return None;
+        }
+        let memory_comes = self.machine.gate.as_ref().is_some_and(GateHandle::memory_comes);
+        if memory_comes && self.asked_id.is_none() {
+            let id = self.reserve_id();
+            self.asked_id = Some(id);
+            return self.send(id, "query-status", Value::Null, stage);
+        }
+        if !self.answered {
+            return None;
+        }
+        let id = self.reserve_id();
+        self.cont_id = Some(id);
+        self.send(id, "cont", Value::Null, stage)
     }
 
     fn reserve_id(&mut self) -> u64 {
@@ -716,6 +790,8 @@ impl Progress {
             Message::Return { id: Some(id), .. } => {
                 if self.stop_id == Some(id) {
                     self.stopped = true;
+                } else if self.asked_id == Some(id) {
+                    self.answered = true;
                 } else if self.cont_id == Some(id) {
                     self.resumed = true;
                 } else if let Some(at) = self.commands.iter().position(|(sent, _)| *sent == id) {
@@ -832,7 +908,8 @@ impl Progress {
             stall_us,
             drain_incomplete: self.drain_incomplete,
             pivoted: self.pivoted,
-            migrating: self.migrating,
+            migrating: self.machine.armed || self.migrating,
+            armed: self.machine.armed && !self.saving,
         }
     }
 }

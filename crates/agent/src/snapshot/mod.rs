@@ -36,6 +36,7 @@ use diorama_store::{SnapshotId, Writer};
 use crate::Agent;
 use crate::capture::Capture;
 use crate::dataplane::{CutJob, CutOutcome, Goal};
+use crate::keeper::Keeper;
 use crate::operation::Operation;
 use crate::problem::{cut_error, store_error};
 use crate::ram_cache::NewFiles;
@@ -64,6 +65,8 @@ pub(crate) struct Attempt<'a> {
     writer: Option<Writer>,
     files: Option<NewFiles>,
     machines: Vec<Machine>,
+    /// Keeps live captures from being left by an agent that dies.
+    keeper: Option<Keeper>,
     /// The monitors for the cut, by the machine's place.
     monitors: Vec<(usize, diorama_qemu::qmp::Client)>,
     outcome: Option<CutOutcome>,
@@ -87,6 +90,8 @@ struct Machine {
     overlays: Vec<LayerRecord>,
     pivoted: bool,
     migrating: bool,
+    /// A live capture waits at its gate for the machine to be stopped.
+    armed: bool,
 }
 
 impl Agent {
@@ -119,6 +124,7 @@ impl Agent {
             writer: None,
             files: None,
             machines: Vec::new(),
+            keeper: None,
             monitors: Vec::new(),
             outcome: None,
             created: String::new(),
@@ -281,6 +287,14 @@ impl Attempt<'_> {
         for (machine, result) in self.machines.iter_mut().zip(&outcome.machines) {
             machine.pivoted = result.pivoted;
             machine.migrating = result.migrating;
+            machine.armed = result.armed;
+            if let Some(capture) = &mut machine.capture
+                && machine.migrating
+                && self.capture == CaptureMode::Live
+                && machine.runs
+            {
+                capture.must_be_read_out();
+            }
         }
         self.take_pivoted_overlays()?;
         if let Some(failure) = &outcome.failure {
@@ -315,6 +329,7 @@ impl Attempt<'_> {
 
     fn keep(&mut self) {
         let Some(id) = self.id else { return };
+        self.keeper = None;
         if let Some(files) = self.files.take() {
             self.agent.cache.commit(files, &id);
         }
@@ -328,15 +343,7 @@ impl Attempt<'_> {
     }
 
     fn discard(&mut self) {
-        let unprotected = self.unprotected();
-        for machine in &mut self.machines {
-            if machine.migrating {
-                self.agent.end_migration(&self.slot, &machine.name);
-            }
-            // Ends the thread, which may still read.
-            machine.capture = None;
-        }
-        drop(unprotected);
+        self.end_captures();
         self.remove_unused_overlays();
         self.files = None;
         if let Some(writer) = self.writer.take()

@@ -9,18 +9,19 @@ use diorama_qemu::command_line::{DiskFormat, DiskLayer, blockdev, format_node};
 use diorama_qemu::memory;
 use diorama_qemu::process::{ProcessId, threads_of};
 use diorama_qemu::qmp::{Client, QmpError};
-use diorama_qemu::write_protection::Unprotected;
 use serde_json::json;
 
 use super::{Attempt, Machine};
 use crate::Agent;
 use crate::capture::{Capture, CaptureError, Gating};
-use crate::dataplane::{AfterStop, CutMachine, Resume, SegmentId};
+use crate::dataplane::{AfterStop, CutJob, CutMachine, Goal, Resume, SegmentId};
 use crate::disks::new_layer;
+use crate::keeper::Keeper;
 use crate::launch::{COMMAND_LIMIT, SocketPaths};
-use crate::problem::{io_error, no_space, qmp_error, store_error};
+use crate::problem::{cut_error, io_error, no_space, qmp_error, store_error};
 use crate::record::{DiskRecord, Record};
 use crate::slot::Slot;
+use crate::takeover::{MIGRATION_POLL, migration_runs};
 use crate::up::{disk_folder, socket_folder};
 
 /// The name under which QEMU gets the capture's socket.
@@ -30,13 +31,14 @@ const DOWNTIME_LIMIT_MS: u64 = 1;
 /// The first QEMU that writes a live capture's beginning under its big lock ("migration: Take the BQL around
 /// qemu_savevm_state_setup").
 const SETUP_LOCKED_SINCE: (u64, u64, u64) = (9, 0, 0);
+/// The first QEMU after whose live capture a machine is as it was before, standing in our case ("migration: preserve
+/// suspended for bg_migration"); before, it always ran.
+const LEFT_AS_FOUND_SINCE: (u64, u64, u64) = (8, 2, 50);
 /// The thread that QEMU captures live in, by its name.
 const CAPTURE_THREAD: &str = "bg_snapshot";
 /// How long it may take to read all memory once. Past this the pause is longer, and nothing worse.
 const READ_BOUND: Duration = Duration::from_secs(10);
 const READ_POLL: Duration = Duration::from_millis(1);
-/// How often a cancelled migration is asked whether it has ended.
-const MIGRATION_POLL: Duration = Duration::from_millis(5);
 /// Disk space that a snapshot leaves free, in bytes.
 const DISK_RESERVE_BYTES: u64 = 64 << 20;
 
@@ -78,6 +80,7 @@ impl Attempt<'_> {
                 overlays: Vec::new(),
                 pivoted: false,
                 migrating: false,
+                armed: false,
             })
             .collect();
         match self.prepare_machines(&ram_folder) {
@@ -113,9 +116,21 @@ impl Attempt<'_> {
                 disks: self.record.disks.get(&machine.name).cloned().unwrap_or_default(),
             })
             .collect();
+        if self.capture == CaptureMode::Live {
+            let keeper = Keeper::start().map_err(|error| {
+                ApiError::new(
+                    ErrorKind::Io,
+                    format!("a process to keep live captures cannot be started: {error}"),
+                )
+            })?;
+            self.keeper = Some(keeper);
+        }
+        let keeper = self.keeper.as_ref();
         let results: Vec<(usize, Prepared)> = std::thread::scope(|scope| {
-            let preparations: Vec<_> =
-                plans.iter().map(|plan| scope.spawn(move || (plan.index, prepare_one(plan)))).collect();
+            let preparations: Vec<_> = plans
+                .iter()
+                .map(|plan| scope.spawn(move || (plan.index, prepare_one(plan, keeper))))
+                .collect();
             preparations
                 .into_iter()
                 .map(|preparation| preparation.join().expect("preparing does not panic"))
@@ -127,6 +142,7 @@ impl Attempt<'_> {
             machine.overlays = prepared.overlays;
             machine.capture = prepared.capture;
             machine.migrating = prepared.migrating;
+            machine.armed = prepared.migrating && self.capture == CaptureMode::Live;
             match prepared.monitor {
                 Ok(monitor) => self.monitors.push((index, monitor)),
                 Err(error) => {
@@ -142,15 +158,7 @@ impl Attempt<'_> {
 
     /// Takes back what was prepared, to prepare anew.
     fn undo_preparation(&mut self, ram_folder: &std::path::Path) -> Result<(), ApiError> {
-        self.monitors.clear();
-        let _unprotected = self.unprotected();
-        for machine in &mut self.machines {
-            if machine.migrating {
-                self.agent.end_migration(&self.slot, &machine.name);
-                machine.migrating = false;
-            }
-            machine.capture = None;
-        }
+        self.end_captures();
         self.remove_unused_overlays();
         for machine in &self.machines {
             let path = ram_folder.join(&machine.name);
@@ -164,13 +172,56 @@ impl Attempt<'_> {
         Ok(())
     }
 
-    /// Keeps the machines that are being captured live from waiting for a capture that nobody will finish.
-    pub(super) fn unprotected(&self) -> Vec<Unprotected> {
-        let machines = self.machines.iter().zip(&self.record.machines);
-        machines
-            .filter(|(machine, _)| machine.runs && self.capture == CaptureMode::Live)
-            .map(|(_, machine)| Unprotected::keep(machine.process.into()))
-            .collect()
+    /// Ends every capture that is under way; nothing of it is kept. Live ones are read to their end.
+    pub(super) fn end_captures(&mut self) {
+        if let Err(error) = self.disarm() {
+            tracing::error!(error = error.message, "captures were let through without a drain");
+        }
+        for machine in &self.machines {
+            if machine.migrating && !(machine.runs && self.capture == CaptureMode::Live) {
+                self.agent.end_migration(&self.slot, &machine.name);
+            }
+            if let Some(capture) = &machine.capture {
+                capture.discard();
+            }
+        }
+        for machine in &mut self.machines {
+            // Waits for the thread.
+            machine.capture = None;
+            machine.migrating = false;
+        }
+        self.keeper = None;
+    }
+
+    /// Lets live captures through that wait at their gates: their machines stand still for a moment, as in a cut.
+    fn disarm(&mut self) -> Result<(), ApiError> {
+        let armed: Vec<usize> =
+            (0..self.machines.len()).filter(|index| self.machines[*index].armed).collect();
+        if armed.is_empty() {
+            return Ok(());
+        }
+        // The monitors go first: QEMU takes one connection to each.
+        self.monitors.clear();
+        let sockets = socket_folder(&self.slot, &self.agent.folders, self.record.generation);
+        for index in &armed {
+            let path = SocketPaths::new(&sockets, *index).cut_monitor;
+            match Client::connect(&path, Instant::now() + COMMAND_LIMIT) {
+                Ok(monitor) => self.monitors.push((*index, monitor)),
+                // Its capture ends with it.
+                Err(error) => tracing::warn!(machine = self.machines[*index].name, %error, "not disarmed"),
+            }
+        }
+        let (segment, mut machines) = self.cut_machines()?;
+        machines.retain(|machine| machine.armed && machine.monitor.is_some());
+        for machine in &mut machines {
+            machine.after_stop.clear();
+        }
+        let job = CutJob { goal: Goal::Disarm, machines, bound: super::LIVE_BOUND };
+        let outcome = self.agent.plane.cut(segment, job).recv().expect("the data plane answers every cut");
+        for machine in &mut self.machines {
+            machine.armed = false;
+        }
+        outcome.failure.as_ref().map_or(Ok(()), |failure| Err(cut_error(failure)))
     }
 
     /// What the data plane needs for the cut.
@@ -185,6 +236,8 @@ impl Attempt<'_> {
             let connected = &running.machines[index];
             let monitor =
                 monitors.iter().position(|(of, _)| *of == index).map(|at| monitors.swap_remove(at).1);
+            let left_as_found =
+                monitor.as_ref().is_some_and(|monitor| monitor.version() >= LEFT_AS_FOUND_SINCE);
             let monitor = monitor
                 .map(Client::into_parts)
                 .transpose()
@@ -199,7 +252,7 @@ impl Attempt<'_> {
                     arguments: json!({"uri": format!("fd:{CAPTURE_FD}")}),
                 });
             }
-            let gate = machine.capture.as_mut().map(Capture::gate).transpose();
+            let gate = machine.capture.as_ref().map(Capture::gate).transpose();
             machines.push(CutMachine {
                 name: machine.name.clone(),
                 ports: connected.ports.clone(),
@@ -210,10 +263,12 @@ impl Attempt<'_> {
                 after_stop,
                 resume: match (machine.runs, self.capture) {
                     (false, _) => Resume::Never,
+                    (true, CaptureMode::Live) if left_as_found => Resume::OnceSaved,
                     (true, CaptureMode::Live) => Resume::ByItself,
                     (true, CaptureMode::Precopy | CaptureMode::Stop) => Resume::AfterMigration,
                 },
                 gate: gate.map_err(|error| ApiError::new(ErrorKind::Io, error.to_string()))?,
+                armed: machine.armed,
             });
         }
         Ok((running.segment, machines))
@@ -284,18 +339,18 @@ struct Prepared {
     monitor: Result<Client, ApiError>,
 }
 
-fn prepare_one(plan: &Plan) -> Prepared {
+fn prepare_one(plan: &Plan, keeper: Option<&Keeper>) -> Prepared {
     let mut prepared = Prepared {
         overlays: Vec::new(),
         capture: None,
         migrating: false,
         monitor: Err(unprepared(&plan.name)),
     };
-    prepared.monitor = fill(plan, &mut prepared);
+    prepared.monitor = fill(plan, keeper, &mut prepared);
     prepared
 }
 
-fn fill(plan: &Plan, prepared: &mut Prepared) -> Result<Client, ApiError> {
+fn fill(plan: &Plan, keeper: Option<&Keeper>, prepared: &mut Prepared) -> Result<Client, ApiError> {
     let failed = |error: QmpError| qmp_error(&plan.name, &error);
     let mut monitor = Client::connect(&plan.cut_monitor, Instant::now() + COMMAND_LIMIT).map_err(failed)?;
     let live = plan.capture == CaptureMode::Live;
@@ -325,9 +380,18 @@ fn fill(plan: &Plan, prepared: &mut Prepared) -> Result<Client, ApiError> {
         CaptureMode::Precopy => Gating::AfterMost,
         CaptureMode::Live | CaptureMode::Stop => Gating::Open,
     };
-    let (capture, theirs) = Capture::start(&plan.name, plan.ram_path.clone(), plan.memory_bytes, gating)
-        .map_err(|error| capture_error(&error))?;
-    prepared.capture = Some(capture);
+    let (capture, theirs) =
+        Capture::start(&plan.name, plan.ram_path.clone(), plan.memory_bytes, gating, live)
+            .map_err(|error| capture_error(&error))?;
+    if let (true, Some(keeper)) = (live, keeper) {
+        keeper.keep(capture.stream()).map_err(|error| {
+            ApiError::new(
+                ErrorKind::Io,
+                format!("machine {}: its capture cannot be kept: {error}", plan.name),
+            )
+        })?;
+    }
+    let capture = prepared.capture.insert(capture);
     monitor.send_fd(theirs.as_fd(), CAPTURE_FD, COMMAND_LIMIT).map_err(failed)?;
     drop(theirs);
     if live {
@@ -337,9 +401,12 @@ fn fill(plan: &Plan, prepared: &mut Prepared) -> Result<Client, ApiError> {
         let arguments = json!({"uri": format!("fd:{CAPTURE_FD}")});
         monitor.execute("migrate", arguments, COMMAND_LIMIT).map_err(failed)?;
         prepared.migrating = true;
-        match (&prepared.capture, gating) {
-            (Some(capture), Gating::AfterMost) => capture.wait_for_gate(),
-            _ => wait_until_it_waits(plan.process.pid),
+        match gating {
+            Gating::FromStart => {
+                capture.must_be_read_out();
+                wait_until_it_waits(plan.process.pid);
+            }
+            Gating::AfterMost | Gating::Open => capture.wait_for_gate(),
         }
     }
     Ok(monitor)
@@ -437,12 +504,12 @@ impl Agent {
         self.try_command(slot, machine, "migrate_cancel", serde_json::Value::Null);
         let deadline = Instant::now() + COMMAND_LIMIT;
         while Instant::now() < deadline {
-            let answer = self.try_command(slot, machine, "query-migrate", serde_json::Value::Null);
-            let status = answer.as_ref().and_then(|answer| answer["status"].as_str());
-            if !matches!(status, Some("setup" | "active" | "cancelling" | "device" | "pre-switchover")) {
+            let mut state = slot.state();
+            let monitor = state.machine(machine).and_then(|machine| machine.monitor.as_mut());
+            if !monitor.is_some_and(|monitor| migration_runs(monitor).unwrap_or(false)) {
                 return;
             }
-            // QEMU tells only those who asked for its events before.
+            drop(state);
             std::thread::sleep(MIGRATION_POLL);
         }
         tracing::error!(machine, "a cancelled capture does not end");
@@ -453,18 +520,13 @@ impl Agent {
         self.try_command(slot, machine, "blockdev-del", json!({"node-name": node}));
     }
 
-    fn try_command(
-        &self,
-        slot: &Slot,
-        machine: &str,
-        command: &str,
-        arguments: serde_json::Value,
-    ) -> Option<serde_json::Value> {
+    fn try_command(&self, slot: &Slot, machine: &str, command: &str, arguments: serde_json::Value) {
         let mut state = slot.state();
-        let monitor = state.machine(machine).and_then(|machine| machine.monitor.as_mut())?;
-        monitor
-            .execute(command, arguments, COMMAND_LIMIT)
-            .inspect_err(|error| tracing::info!(machine, command, %error, "undoing part of a snapshot"))
-            .ok()
+        let Some(monitor) = state.machine(machine).and_then(|machine| machine.monitor.as_mut()) else {
+            return;
+        };
+        if let Err(error) = monitor.execute(command, arguments, COMMAND_LIMIT) {
+            tracing::info!(machine, command, %error, "undoing part of a snapshot");
+        }
     }
 }

@@ -53,6 +53,9 @@ Examples:
         #[arg(long)]
         force: bool,
     },
+    /// Read live captures to their end when the agent dies; started by the agent
+    #[command(hide = true)]
+    KeepCaptures,
 }
 
 #[derive(Serialize)]
@@ -70,6 +73,16 @@ pub fn run(arguments: Arguments, output: &Output, started: Instant) -> Result<u8
     match arguments.command {
         Some(Command::Stop { force }) => {
             session::run_if_started(output, started, async |session| stop(force, session).await)
+        }
+        Some(Command::KeepCaptures) => {
+            diorama_agent::keep_captures().map_err(|error| {
+                Failure::new(
+                    ErrorKind::Invalid,
+                    format!("standard input is not an agent's socket: {error}"),
+                    "the agent runs this by itself; there is nothing to do by hand",
+                )
+            })?;
+            Ok(0)
         }
         None => serve(arguments.ready_fd, output),
     }

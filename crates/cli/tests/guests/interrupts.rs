@@ -44,7 +44,6 @@ fn starting_is_undone() {
 }
 
 #[test]
-#[ignore = "known defect: a live capture that is cancelled can still harm its machine; see CHANGELOG.md"]
 fn snapshots_restores_and_forks_are_undone() {
     let lab = Lab::new();
     lab.up(PAIR);

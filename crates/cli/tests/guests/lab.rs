@@ -248,7 +248,12 @@ impl Lab {
         let agents: Vec<Pid> = self
             .processes()
             .into_iter()
-            .filter(|pid| arguments(*pid).get(1).is_some_and(|one| one == "agent"))
+            .filter(|pid| {
+                let arguments = arguments(*pid);
+                // Not the process that keeps its captures.
+                arguments.get(1).is_some_and(|one| one == "agent")
+                    && arguments.get(2).is_none_or(|one| one != "keep-captures")
+            })
             .collect();
         assert_eq!(agents.len(), 1, "{agents:?}");
         agents[0]
