@@ -624,7 +624,7 @@ impl Splitter {
 /// Finds the stream's end within device state, which cannot be parsed without knowing each device.
 ///
 /// The last thing in a stream is an end mark, then a description of all sections: `00 06`, a 32-bit length, and JSON
-/// that starts with the page size. The latest place that looks so tells where the stream must end. A guest can put
+/// that starts with the page size (QEMU 7.2) or the configuration (10.0). The latest place that looks so tells where the stream must end. A guest can put
 /// such bytes into its devices' state, but only the real one comes last, as JSON holds no zero bytes.
 #[derive(Debug, Default)]
 struct Trailer {
@@ -635,13 +635,16 @@ struct Trailer {
 
 impl Trailer {
     const MASK: u128 = u128::from_be_bytes(*b"\xff\xff\0\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff");
-    const PATTERN: u128 = u128::from_be_bytes(*b"\x00\x06\0\0\0\0{\"page_siz");
+    const PATTERNS: [u128; 2] = [
+        u128::from_be_bytes(*b"\x00\x06\0\0\0\0{\"page_siz"),
+        u128::from_be_bytes(*b"\x00\x06\0\0\0\0{\"configur"),
+    ];
     const JSON_SEEN_BYTES: u64 = 10;
 
     fn scan(&mut self, position: u64, bytes: &[u8]) {
         for (at, &byte) in (position + 1..).zip(bytes) {
             self.window = self.window << 8 | u128::from(byte);
-            if self.window & Trailer::MASK == Trailer::PATTERN {
+            if Trailer::PATTERNS.contains(&(self.window & Trailer::MASK)) {
                 let length = (self.window >> 80) as u32;
                 self.ends_at = Some(at - Trailer::JSON_SEEN_BYTES + u64::from(length));
             }

@@ -126,6 +126,19 @@ fn every_truncation_is_noticed() {
 }
 
 #[test]
+fn the_end_as_a_newer_qemu_writes_it() {
+    let mut stream = stream();
+    let at = stream.windows(2).rposition(|window| window == b"{\"").expect("the description");
+    stream.truncate(at - 4);
+    let json = br#"{"configuration": {}, "page_size": 4096, "devices": []}"#;
+    stream.extend_from_slice(&(json.len() as u32).to_be_bytes());
+    stream.extend_from_slice(json);
+    split(&[&stream]).map(|_| ()).expect("whole");
+    stream.pop();
+    assert!(matches!(split(&[&stream]), Err(StreamError::Truncated { within: "device state", .. })));
+}
+
+#[test]
 fn bytes_after_the_end_are_noticed() {
     let mut stream = stream();
     stream.push(0);
