@@ -397,6 +397,13 @@ fn fill(plan: &Plan, keeper: Option<&Keeper>, prepared: &mut Prepared) -> Result
     if live {
         collapse(plan);
     }
+    if live
+        && gating == Gating::Open
+        && let Err(error) = memory::touch(plan.process, plan.memory_bytes)
+    {
+        // QEMU does it, within the pause.
+        tracing::debug!(machine = plan.name, %error, "memory is not mapped beforehand");
+    }
     if gating != Gating::Open {
         let arguments = json!({"uri": format!("fd:{CAPTURE_FD}")});
         monitor.execute("migrate", arguments, COMMAND_LIMIT).map_err(failed)?;
