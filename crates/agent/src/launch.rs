@@ -80,6 +80,7 @@ pub(crate) struct Launched<'a> {
 pub(crate) struct SocketPaths {
     pub(crate) monitor: PathBuf,
     pub(crate) cut_monitor: PathBuf,
+    pub(crate) pivot_monitor: PathBuf,
     pub(crate) console: PathBuf,
     pub(crate) guest_agent: PathBuf,
 }
@@ -90,6 +91,7 @@ impl SocketPaths {
         Self {
             monitor: path("qmp"),
             cut_monitor: path("cut"),
+            pivot_monitor: path("pivot"),
             console: path("console"),
             guest_agent: path("agent"),
         }
@@ -358,6 +360,7 @@ fn start(
     let sockets = Sockets {
         qmp: listener(&paths.monitor)?,
         qmp_cut: listener(&paths.cut_monitor)?,
+        qmp_pivot: listener(&paths.pivot_monitor)?,
         serial: listener(&paths.console)?,
         serial_log: console_log(&plan.console_folder, &name),
         guest_agent: listener(&paths.guest_agent)?,

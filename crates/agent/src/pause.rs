@@ -10,7 +10,7 @@ use diorama_qemu::qmp::Client;
 use serde_json::Value;
 
 use crate::Agent;
-use crate::dataplane::{CutJob, CutMachine, Goal, Resume};
+use crate::dataplane::{Command, CutJob, CutMachine, Goal, Monitor, Resume};
 use crate::launch::{COMMAND_LIMIT, SocketPaths};
 use crate::operation::Operation;
 use crate::problem::{cut_error, qmp_error};
@@ -43,15 +43,16 @@ impl Agent {
                 state => return Err(cannot(&record, index, "paused", state)),
             }
             let (machine, ports, vcpu_threads) = connections[index].clone();
-            let monitor = Client::connect(&SocketPaths::new(&folder, index).cut_monitor, deadline())
+            let mut monitor = Client::connect(&SocketPaths::new(&folder, index).cut_monitor, deadline())
                 .and_then(|client| client.into_parts().map_err(socket_error))
                 .map_err(|error| qmp_error(&machine, &error))?;
             record.machines[index].rest = Some(Rest::Paused);
             machines.push(CutMachine {
                 name: machine,
                 ports,
+                stop: Some(Command::new(&mut monitor, Monitor::Cut, "stop", Value::Null)),
                 monitor: Some(monitor),
-                running: true,
+                pivot_monitor: None,
                 vcpu_threads,
                 service_threads: Vec::new(),
                 after_stop: Vec::new(),

@@ -4,6 +4,11 @@
 //! their block nodes. A restored machine must have the layout it was captured with, so everything here depends on
 //! [`MachineConfig`] alone, and every address is fixed. Pure: nothing is opened or looked up.
 //!
+//! What a device's state costs to save is paid in the pause of every snapshot. So there is no SATA controller, no SMBus,
+//! and virtio devices have the interface of virtio 0.9.5 alone, which every guest's drivers know: the state of the
+//! modern one has an entry for each of 1,024 possible queues, whether they exist or not (0.47 ms for each device; the
+//! whole state took 3.7 ms with three devices, and takes 1.6 ms).
+//!
 //! | PCI slot | device |
 //! | --- | --- |
 //! | 1 | virtio-rng |
@@ -176,6 +181,8 @@ pub struct Sockets {
     pub qmp: Listener,
     /// A second monitor, which only cuts use, so that a slow command on the first never delays one.
     pub qmp_cut: Listener,
+    /// A third monitor, which pivots disks in a cut: it has the command for that before the second one stops the machine.
+    pub qmp_pivot: Listener,
     /// The serial console.
     pub serial: Listener,
     /// The file to which everything on the serial console is appended.
@@ -388,7 +395,10 @@ fn process(config: &MachineConfig, to: &mut Arguments) {
 
 /// Processor, memory, clock, firmware.
 fn board(config: &MachineConfig, to: &mut Arguments) -> Result<(), ConfigError> {
-    to.pair("-machine", &format!("{},memory-backend={RAM_BLOCK},usb=off,vmport=off", config.machine_type));
+    to.pair(
+        "-machine",
+        &format!("{},memory-backend={RAM_BLOCK},usb=off,vmport=off,sata=off,smbus=off", config.machine_type),
+    );
     match config.accelerator {
         Accelerator::Tcg => to.pair("-accel", &format!("tcg,thread=multi,tb-size={}", config.tb_size_mib)),
         Accelerator::Kvm => to.pair("-accel", "kvm"),
@@ -426,7 +436,8 @@ fn board(config: &MachineConfig, to: &mut Arguments) -> Result<(), ConfigError> 
 /// Monitors, console, guest agent.
 fn control(config: &MachineConfig, to: &mut Arguments) -> Result<(), ConfigError> {
     let sockets = &config.sockets;
-    for (id, listener) in [("qmp", &sockets.qmp), ("qmp-cut", &sockets.qmp_cut)] {
+    let monitors = [("qmp", &sockets.qmp), ("qmp-cut", &sockets.qmp_cut), ("qmp-pivot", &sockets.qmp_pivot)];
+    for (id, listener) in monitors {
         to.chardev(id, listener, None)?;
         to.pair("-mon", &format!("chardev={id},mode=control"));
     }
@@ -482,6 +493,11 @@ fn add_nic(index: usize, nic: &NicConfig, to: &mut Arguments) -> Result<(), Conf
 
 /// A PCI device at a fixed slot.
 fn pci(driver: &str, id: &str, slot: usize, mut properties: Value) -> Value {
+    if driver.starts_with("virtio-") {
+        // See the module.
+        properties["disable-modern"] = true.into();
+        properties["disable-legacy"] = "off".into();
+    }
     properties["driver"] = driver.into();
     properties["id"] = id.into();
     properties["bus"] = "pcie.0".into();

@@ -27,6 +27,7 @@ fn config() -> MachineConfig {
         sockets: Sockets {
             qmp: Listener::Fd(5),
             qmp_cut: Listener::Path("/run/a,b".into()),
+            qmp_pivot: Listener::Path("/run/pivot".into()),
             serial: Listener::Path("/run/serial".into()),
             serial_log: "/log,1".into(),
             guest_agent: Listener::Path("/run/qga".into()),
@@ -67,7 +68,7 @@ fn the_whole_command_line() {
 -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
 -S
 -incoming defer
--machine pc-q35-7.2,memory-backend=ram0,usb=off,vmport=off
+-machine pc-q35-7.2,memory-backend=ram0,usb=off,vmport=off,sata=off,smbus=off
 -accel tcg,thread=multi,tb-size=32
 -cpu qemu64,+sse4.2
 -smp 2
@@ -79,21 +80,23 @@ fn the_whole_command_line() {
 -append console=ttyS0 a,b
 -device {"driver":"vmgenid","guid":"00010203-0405-0607-0809-0a0b0c0d0e0f","id":"vmgenid0"}
 -object {"filename":"/dev/urandom","id":"rng0","qom-type":"rng-random"}
--device {"addr":"0x1","bus":"pcie.0","driver":"virtio-rng-pci","id":"rng-device0","rng":"rng0"}
+-device {"addr":"0x1","bus":"pcie.0","disable-legacy":"off","disable-modern":true,"driver":"virtio-rng-pci","id":"rng-device0","rng":"rng0"}
 -chardev socket,id=qmp,fd=5,server=on,wait=off
 -mon chardev=qmp,mode=control
 -chardev socket,id=qmp-cut,path=/run/a,,b,server=on,wait=off
 -mon chardev=qmp-cut,mode=control
+-chardev socket,id=qmp-pivot,path=/run/pivot,server=on,wait=off
+-mon chardev=qmp-pivot,mode=control
 -chardev socket,id=serial0,path=/run/serial,server=on,wait=off,logfile=/log,,1,logappend=on
 -serial chardev:serial0
 -chardev socket,id=agent0,path=/run/qga,server=on,wait=off
--device {"addr":"0x2","bus":"pcie.0","driver":"virtio-serial-pci","id":"virtio-serial0","max_ports":2}
+-device {"addr":"0x2","bus":"pcie.0","disable-legacy":"off","disable-modern":true,"driver":"virtio-serial-pci","id":"virtio-serial0","max_ports":2}
 -device {"bus":"virtio-serial0.0","chardev":"agent0","driver":"virtserialport","id":"agent-port0","name":"org.qemu.guest_agent.0","nr":1}
 -blockdev {"discard":"unmap","driver":"raw","file":{"discard":"unmap","driver":"file","filename":"/base","node-name":"root-0-file","read-only":true},"node-name":"root-0","read-only":true}
 -blockdev {"backing":"root-0","discard":"unmap","driver":"qcow2","file":{"discard":"unmap","driver":"file","filename":"/over,lay","node-name":"root-1-file","read-only":false},"node-name":"root-1","read-only":false}
--device {"addr":"0x3","bootindex":1,"bus":"pcie.0","drive":"root-1","driver":"virtio-blk-pci","id":"disk-root","serial":"root"}
+-device {"addr":"0x3","bootindex":1,"bus":"pcie.0","disable-legacy":"off","disable-modern":true,"drive":"root-1","driver":"virtio-blk-pci","id":"disk-root","serial":"root"}
 -netdev {"addr":{"path":"/run/n,0","type":"unix"},"id":"net0","server":true,"type":"stream"}
--device {"addr":"0xb","bus":"pcie.0","driver":"virtio-net-pci","host_mtu":1450,"id":"nic0","mac":"52:54:00:01:02:ff","netdev":"net0","romfile":"","rx_queue_size":1024,"x-txburst":32}"#;
+-device {"addr":"0xb","bus":"pcie.0","disable-legacy":"off","disable-modern":true,"driver":"virtio-net-pci","host_mtu":1450,"id":"nic0","mac":"52:54:00:01:02:ff","netdev":"net0","romfile":"","rx_queue_size":1024,"x-txburst":32}"#;
     assert_eq!(lines(&config()), expected);
 }
 

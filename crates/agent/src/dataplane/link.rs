@@ -115,10 +115,7 @@ impl Link {
 
     /// Whether QEMU has read everything that was written to it.
     pub(super) fn is_drained(&self) -> bool {
-        let mut bytes: libc::c_int = 0;
-        // SAFETY: SIOCOUTQ writes one int through the pointer; the socket is open for as long as `self`.
-        let result = unsafe { libc::ioctl(self.stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
-        result == 0 && bytes == 0
+        super::command::is_read(&self.stream)
     }
 
     /// Sends one frame past the switch: only for a drained link of a held port.

@@ -19,7 +19,7 @@
 //! - a live capture is never cancelled: one that has begun to save is waited for, and one that waits at its gate stays
 //!   there until another job of [`Goal::Disarm`] lets it through.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::sync::OnceLock;
 use std::sync::mpsc::Sender;
@@ -30,6 +30,7 @@ use diorama_qemu::qmp::{Message, Parts, Timestamp, encode};
 use diorama_switch::{Accounting, Epoch, Hold, InFlight, NetworkId, PortId, Recording, Time};
 use serde_json::Value;
 
+use super::command::{Command, Monitor, write_whole};
 use super::plane::Io;
 use super::segment::Segment;
 use crate::capture::GateHandle;
@@ -97,13 +98,6 @@ pub(crate) enum Resume {
     Never,
 }
 
-/// A QMP command to be sent once the machine stands still.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct AfterStop {
-    pub(crate) command: &'static str,
-    pub(crate) arguments: Value,
-}
-
 /// What is asked of the data plane.
 #[derive(Debug)]
 pub(crate) struct CutJob {
@@ -120,14 +114,16 @@ pub(crate) struct CutMachine {
     pub(crate) ports: Vec<PortId>,
     /// The monitor that is used for cuts; none for a machine that is not touched (captured before, still frozen).
     pub(crate) monitor: Option<Parts>,
-    /// Whether it runs now.
-    pub(crate) running: bool,
+    /// The one that its disks are pivoted through, if it has any.
+    pub(crate) pivot_monitor: Option<Parts>,
+    /// Stops it, if it runs now.
+    pub(crate) stop: Option<Command>,
     /// Its virtual CPUs' threads.
     pub(crate) vcpu_threads: Vec<u32>,
     /// QEMU's other threads: its main loop, its monitors, its capture.
     pub(crate) service_threads: Vec<u32>,
-    /// The disk pivot, then the migration.
-    pub(crate) after_stop: Vec<AfterStop>,
+    /// The disk pivot, then the migration: sent once the machine stands still.
+    pub(crate) after_stop: Vec<Command>,
     pub(crate) resume: Resume,
     /// Of the capture. Opened once the machine stands still and its disks are pivoted: lets a migration that waits go on.
     pub(crate) gate: Option<GateHandle>,
@@ -207,11 +203,13 @@ struct Progress {
     machine: CutMachine,
     drains: Vec<PortDrain>,
     drain_incomplete: bool,
+    /// It ran when the cut began.
+    running: bool,
     monitor_open: bool,
     next_id: u64,
     stop_id: Option<u64>,
     stopped: bool,
-    commands: Vec<(u64, &'static str)>,
+    commands: Vec<(u64, Monitor, &'static str)>,
     pivoted: bool,
     migrating: bool,
     migrated: bool,
@@ -265,8 +263,10 @@ impl LocalCut {
         };
         for (index, progress) in cut.machines.iter_mut().enumerate() {
             progress.schedule_service(Policy::First);
-            if let Some(monitor) = &progress.machine.monitor {
-                io.watch_monitor(segment.id(), index, monitor.stream.as_raw_fd());
+            for which in [Monitor::Cut, Monitor::Pivot] {
+                if let Some(monitor) = progress.machine.monitor(which) {
+                    io.watch_monitor(segment.id(), source_index(index, which), monitor.stream.as_raw_fd());
+                }
             }
             for drain in &progress.drains {
                 segment.switch_mut().hold(drain.port, cut.goal.hold(), now);
@@ -333,8 +333,9 @@ impl LocalCut {
 
     /// Reads what a machine's monitor sent.
     pub(super) fn monitor_readable(&mut self, index: usize, segment: &mut Segment, io: &mut Io<'_>) {
+        let (index, which) = of_source_index(index);
         let Some(progress) = self.machines.get_mut(index) else { return };
-        let Some(monitor) = &mut progress.machine.monitor else { return };
+        let Some(monitor) = progress.machine.monitor_mut(which) else { return };
         let mut chunk = [0; 16 * 1024];
         let mut closed = false;
         loop {
@@ -354,10 +355,12 @@ impl LocalCut {
         }
         let mut failure = None;
         while let Some(message) =
-            progress.machine.monitor.as_mut().and_then(|parts| parts.decoder.next_message())
+            progress.machine.monitor_mut(which).and_then(|parts| parts.decoder.next_message())
         {
             match message {
-                Ok(message) => failure = failure.or(progress.take(message)),
+                // Both monitors tell of every event; once is enough.
+                Ok(Message::Event(_)) if which == Monitor::Pivot => {}
+                Ok(message) => failure = failure.or(progress.take(message, which)),
                 Err(error) => {
                     tracing::warn!(machine = progress.machine.name, %error, "unreadable QMP message")
                 }
@@ -365,7 +368,7 @@ impl LocalCut {
         }
         if closed {
             progress.monitor_open = false;
-            let monitor = progress.machine.monitor.as_ref().map(|parts| parts.stream.as_raw_fd());
+            let monitor = progress.machine.monitor(which).map(|parts| parts.stream.as_raw_fd());
             if let Some(fd) = monitor {
                 io.forget(fd);
             }
@@ -385,7 +388,7 @@ impl LocalCut {
         let late = now.since_ns(self.stage_since) > nanoseconds(DRAIN_BOUND);
         let mut all_drained = true;
         for progress in &mut self.machines {
-            if !progress.machine.running {
+            if !progress.running {
                 continue;
             }
             for drain in &mut progress.drains {
@@ -404,16 +407,11 @@ impl LocalCut {
 
     // Step 3.
     fn stop(&mut self, segment: &mut Segment, io: &mut Io<'_>) {
-        for progress in &mut self.machines {
-            if !progress.machine.running {
-                continue;
-            }
-            progress.stop_id = Some(progress.reserve_id());
-        }
         let mut failure = None;
         for progress in &mut self.machines {
-            if let Some(id) = progress.stop_id {
-                failure = failure.or(progress.send(id, "stop", Value::Null, self.stage));
+            if let Some(stop) = progress.machine.stop.take() {
+                progress.stop_id = Some(stop.id);
+                failure = failure.or(progress.finish_command(&stop, Stage::Stopping));
             }
         }
         if let Some(failure) = failure {
@@ -425,7 +423,7 @@ impl LocalCut {
     fn note_stopped(&mut self, segment: &mut Segment, io: &mut Io<'_>) {
         for index in 0..self.machines.len() {
             let progress = &mut self.machines[index];
-            if progress.cut_at.is_some() || (progress.machine.running && !progress.stopped) {
+            if progress.cut_at.is_some() || (progress.running && !progress.stopped) {
                 continue;
             }
             for drain in &progress.drains {
@@ -463,10 +461,9 @@ impl LocalCut {
         let mut failure = None;
         for progress in &mut self.machines {
             let commands = std::mem::take(&mut progress.machine.after_stop);
-            for AfterStop { command, arguments } in commands {
-                let id = progress.reserve_id();
-                progress.commands.push((id, command));
-                failure = failure.or(progress.send(id, command, arguments, Stage::Saving));
+            for command in commands {
+                progress.commands.push((command.id, command.monitor, command.name));
+                failure = failure.or(progress.finish_command(&command, Stage::Saving));
             }
         }
         if let Some(failure) = failure {
@@ -560,7 +557,7 @@ impl LocalCut {
             if progress.released_at.is_some() {
                 continue;
             }
-            if !progress.machine.running || progress.stop_id.is_none() || !progress.monitor_open {
+            if !progress.running || progress.stop_id.is_none() || !progress.monitor_open {
                 progress.abandon(self.goal, segment, io);
                 continue;
             }
@@ -643,10 +640,10 @@ impl LocalCut {
                 {
                     gate.open();
                 }
-                if let Some(monitor) = &progress.machine.monitor
-                    && progress.monitor_open
-                {
-                    io.forget(monitor.stream.as_raw_fd());
+                for which in [Monitor::Cut, Monitor::Pivot] {
+                    if let Some(monitor) = progress.machine.monitor(which) {
+                        io.forget(monitor.stream.as_raw_fd());
+                    }
                 }
                 progress.into_result(held_at)
             })
@@ -672,6 +669,31 @@ impl Stage {
             Stage::Undoing => "undoing",
         }
     }
+}
+
+impl CutMachine {
+    fn monitor(&self, which: Monitor) -> Option<&Parts> {
+        match which {
+            Monitor::Cut => self.monitor.as_ref(),
+            Monitor::Pivot => self.pivot_monitor.as_ref(),
+        }
+    }
+
+    fn monitor_mut(&mut self, which: Monitor) -> Option<&mut Parts> {
+        match which {
+            Monitor::Cut => self.monitor.as_mut(),
+            Monitor::Pivot => self.pivot_monitor.as_mut(),
+        }
+    }
+}
+
+/// A monitor's number among all that the cut watches.
+fn source_index(machine: usize, which: Monitor) -> usize {
+    2 * machine + usize::from(which == Monitor::Pivot)
+}
+
+fn of_source_index(index: usize) -> (usize, Monitor) {
+    (index / 2, if index.is_multiple_of(2) { Monitor::Cut } else { Monitor::Pivot })
 }
 
 impl PortDrain {
@@ -709,6 +731,7 @@ impl Progress {
             .collect();
         Self {
             monitor_open: machine.monitor.is_some(),
+            running: machine.stop.is_some(),
             next_id: machine.monitor.as_ref().map_or(0, |monitor| monitor.next_id),
             machine,
             drains,
@@ -737,7 +760,9 @@ impl Progress {
     }
 
     fn may_be_migrating(&self) -> bool {
-        self.machine.armed || self.migrating || self.commands.iter().any(|(_, command)| *command == "migrate")
+        self.machine.armed
+            || self.migrating
+            || self.commands.iter().any(|(_, _, command)| *command == "migrate")
     }
 
     /// Whether QEMU saves the devices now, or has done so, for a live capture.
@@ -773,29 +798,38 @@ impl Progress {
         id
     }
 
-    /// Sends a command without waiting. QMP's socket is empty at this point, so it takes a command whole.
+    /// Sends a command on the monitor for cuts, without waiting.
     fn send(&mut self, id: u64, command: &str, arguments: Value, stage: Stage) -> Option<CutFailure> {
         let monitor = self.machine.monitor.as_ref()?;
-        let bytes = encode(id, command, arguments);
-        match (&monitor.stream).write(&bytes) {
-            Ok(written) if written == bytes.len() => None,
-            _ => {
-                Some(CutFailure::MonitorClosed { machine: self.machine.name.clone(), during: stage.during() })
-            }
-        }
+        let sent = write_whole(&monitor.stream, &encode(id, command, arguments));
+        sent.err().map(|_| self.monitor_closed(stage))
     }
 
-    fn take(&mut self, message: Message) -> Option<CutFailure> {
+    /// Sends the rest of a command that was prepared.
+    fn finish_command(&self, command: &Command, stage: Stage) -> Option<CutFailure> {
+        let monitor = self.machine.monitor(command.monitor)?;
+        command.finish(monitor).err().map(|_| self.monitor_closed(stage))
+    }
+
+    fn monitor_closed(&self, stage: Stage) -> CutFailure {
+        CutFailure::MonitorClosed { machine: self.machine.name.clone(), during: stage.during() }
+    }
+
+    fn take(&mut self, message: Message, monitor: Monitor) -> Option<CutFailure> {
+        let is_cut = monitor == Monitor::Cut;
+        let place = |commands: &[(u64, Monitor, &str)], id| {
+            commands.iter().position(|(sent, on, _)| (*sent, *on) == (id, monitor))
+        };
         match message {
             Message::Return { id: Some(id), .. } => {
-                if self.stop_id == Some(id) {
+                if is_cut && self.stop_id == Some(id) {
                     self.stopped = true;
-                } else if self.asked_id == Some(id) {
+                } else if is_cut && self.asked_id == Some(id) {
                     self.answered = true;
-                } else if self.cont_id == Some(id) {
+                } else if is_cut && self.cont_id == Some(id) {
                     self.resumed = true;
-                } else if let Some(at) = self.commands.iter().position(|(sent, _)| *sent == id) {
-                    match self.commands.remove(at).1 {
+                } else if let Some(at) = place(&self.commands, id) {
+                    match self.commands.remove(at).2 {
                         "transaction" => self.pivoted = true,
                         "migrate" => self.migrating = true,
                         _ => {}
@@ -804,13 +838,13 @@ impl Progress {
                 None
             }
             Message::Error { id: Some(id), desc, .. } => {
-                let command = if self.stop_id == Some(id) {
+                let command = if is_cut && self.stop_id == Some(id) {
                     "stop"
-                } else if self.cont_id == Some(id) {
+                } else if is_cut && self.cont_id == Some(id) {
                     "cont"
                 } else {
-                    let at = self.commands.iter().position(|(sent, _)| *sent == id)?;
-                    self.commands.remove(at).1
+                    let at = place(&self.commands, id)?;
+                    self.commands.remove(at).2
                 };
                 Some(CutFailure::Refused {
                     machine: self.machine.name.clone(),
@@ -897,7 +931,7 @@ impl Progress {
             (Some(stop), Some(resume)) => u64::try_from(resume.as_micros() - stop.as_micros()).unwrap_or(0),
             _ => 0,
         };
-        let stall_us = match (self.machine.running, self.released_at) {
+        let stall_us = match (self.running, self.released_at) {
             (true, Some(released)) => released.since_ns(held_at) / 1000,
             _ => 0,
         };

@@ -13,6 +13,7 @@
 //!   QEMU has half written when it is told to `stop` is lost, and the stream's framing with it);
 //! - what a guest sends can cost memory only up to the queues' bounds.
 
+mod command;
 mod link;
 mod local_cut;
 mod plane;
@@ -24,7 +25,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-pub(crate) use local_cut::{AfterStop, CutFailure, CutJob, CutMachine, CutOutcome, Goal, Resume};
+pub(crate) use command::{Command, Monitor, wait_until_read};
+pub(crate) use local_cut::{CutFailure, CutJob, CutMachine, CutOutcome, Goal, Resume};
 pub(crate) use plane::{Plane, VCPU_NICE};
 pub(crate) use segment::{PortStatus, Segment, SegmentId};
 pub use standalone::switch_streams;

@@ -67,8 +67,8 @@ pub(crate) struct Attempt<'a> {
     machines: Vec<Machine>,
     /// Keeps live captures from being left by an agent that dies.
     keeper: Option<Keeper>,
-    /// The monitors for the cut, by the machine's place.
-    monitors: Vec<(usize, diorama_qemu::qmp::Client)>,
+    /// The monitors for the cut.
+    monitors: Vec<prepare::Monitors>,
     outcome: Option<CutOutcome>,
     created: String,
     frames: Option<diorama_store::FileRecord>,

@@ -8,13 +8,13 @@ use diorama_api::{ApiError, CaptureMode, ErrorKind, MachineState};
 use diorama_qemu::command_line::{DiskFormat, DiskLayer, blockdev, format_node};
 use diorama_qemu::memory;
 use diorama_qemu::process::{ProcessId, threads_of};
-use diorama_qemu::qmp::{Client, QmpError};
-use serde_json::json;
+use diorama_qemu::qmp::{Client, Parts, QmpError};
+use serde_json::{Value, json};
 
 use super::{Attempt, Machine};
 use crate::Agent;
 use crate::capture::{Capture, CaptureError, Gating};
-use crate::dataplane::{AfterStop, CutJob, CutMachine, Goal, Resume, SegmentId};
+use crate::dataplane::{Command, CutJob, CutMachine, Goal, Monitor, Resume, SegmentId, wait_until_read};
 use crate::disks::new_layer;
 use crate::keeper::Keeper;
 use crate::launch::{COMMAND_LIMIT, SocketPaths};
@@ -51,6 +51,7 @@ struct Plan {
     ram_path: PathBuf,
     process: ProcessId,
     cut_monitor: PathBuf,
+    pivot_monitor: PathBuf,
     overlay_folder: PathBuf,
     disks: Vec<DiskRecord>,
 }
@@ -112,6 +113,7 @@ impl Attempt<'_> {
                 ram_path: ram_folder.join(&machine.name),
                 process: self.record.machines[index].process.into(),
                 cut_monitor: SocketPaths::new(&sockets, index).cut_monitor,
+                pivot_monitor: SocketPaths::new(&sockets, index).pivot_monitor,
                 overlay_folder: disk_folder(&folder, self.record.generation).join(&machine.name),
                 disks: self.record.disks.get(&machine.name).cloned().unwrap_or_default(),
             })
@@ -144,7 +146,11 @@ impl Attempt<'_> {
             machine.migrating = prepared.migrating;
             machine.armed = prepared.migrating && self.capture == CaptureMode::Live;
             match prepared.monitor {
-                Ok(monitor) => self.monitors.push((index, monitor)),
+                Ok(monitor) => self.monitors.push(Monitors {
+                    machine: index,
+                    cut: monitor,
+                    pivot: prepared.pivot_monitor,
+                }),
                 Err(error) => {
                     failure.get_or_insert(error);
                 }
@@ -206,16 +212,13 @@ impl Attempt<'_> {
         for index in &armed {
             let path = SocketPaths::new(&sockets, *index).cut_monitor;
             match Client::connect(&path, Instant::now() + COMMAND_LIMIT) {
-                Ok(monitor) => self.monitors.push((*index, monitor)),
+                Ok(cut) => self.monitors.push(Monitors { machine: *index, cut, pivot: None }),
                 // Its capture ends with it.
                 Err(error) => tracing::warn!(machine = self.machines[*index].name, %error, "not disarmed"),
             }
         }
         let (segment, mut machines) = self.cut_machines()?;
         machines.retain(|machine| machine.armed && machine.monitor.is_some());
-        for machine in &mut machines {
-            machine.after_stop.clear();
-        }
         let job = CutJob { goal: Goal::Disarm, machines, bound: super::LIVE_BOUND };
         let outcome = self.agent.plane.cut(segment, job).recv().expect("the data plane answers every cut");
         for machine in &mut self.machines {
@@ -234,30 +237,45 @@ impl Attempt<'_> {
         let mut machines = Vec::new();
         for (index, machine) in self.machines.iter_mut().enumerate() {
             let connected = &running.machines[index];
-            let monitor =
-                monitors.iter().position(|(of, _)| *of == index).map(|at| monitors.swap_remove(at).1);
+            let monitors =
+                monitors.iter().position(|of| of.machine == index).map(|at| monitors.swap_remove(at));
             let left_as_found =
-                monitor.as_ref().is_some_and(|monitor| monitor.version() >= LEFT_AS_FOUND_SINCE);
-            let monitor = monitor
-                .map(Client::into_parts)
-                .transpose()
-                .map_err(|error| ApiError::new(ErrorKind::Io, error.to_string()))?;
+                monitors.as_ref().is_some_and(|monitors| monitors.cut.version() >= LEFT_AS_FOUND_SINCE);
+            let socket_error = |error: std::io::Error| {
+                ApiError::new(ErrorKind::Io, format!("machine {}: its monitor: {error}", machine.name))
+            };
+            let (cut, pivot_monitor) = match monitors {
+                Some(monitors) => (Some(monitors.cut), monitors.pivot),
+                None => (None, None),
+            };
+            let mut monitor = cut.map(Client::into_parts).transpose().map_err(socket_error)?;
+            let mut pivot_monitor =
+                pivot_monitor.map(Client::into_parts).transpose().map_err(socket_error)?;
+            let mut stop = None;
             let mut after_stop = Vec::new();
-            if !machine.overlays.is_empty() {
-                after_stop.push(pivot(&self.record, machine));
+            if let Some(parts) = &mut pivot_monitor {
+                let mut command = pivot(&self.record, machine, parts);
+                command.announce(parts).map_err(socket_error)?;
+                after_stop.push(command);
             }
-            if !machine.frozen && !machine.migrating {
-                after_stop.push(AfterStop {
-                    command: "migrate",
-                    arguments: json!({"uri": format!("fd:{CAPTURE_FD}")}),
-                });
+            if let Some(parts) = &mut monitor {
+                if machine.runs {
+                    let mut command = Command::new(parts, Monitor::Cut, "stop", Value::Null);
+                    command.announce(parts).map_err(socket_error)?;
+                    stop = Some(command);
+                }
+                if !machine.migrating {
+                    let arguments = json!({"uri": format!("fd:{CAPTURE_FD}")});
+                    after_stop.push(Command::new(parts, Monitor::Cut, "migrate", arguments));
+                }
             }
             let gate = machine.capture.as_ref().map(Capture::gate).transpose();
             machines.push(CutMachine {
                 name: machine.name.clone(),
                 ports: connected.ports.clone(),
                 monitor,
-                running: machine.runs,
+                pivot_monitor,
+                stop,
                 vcpu_threads: connected.vcpu_threads.clone(),
                 service_threads: threads_of(self.record.machines[index].process.pid, &connected.vcpu_threads),
                 after_stop,
@@ -270,6 +288,11 @@ impl Attempt<'_> {
                 gate: gate.map_err(|error| ApiError::new(ErrorKind::Io, error.to_string()))?,
                 armed: machine.armed,
             });
+        }
+        for machine in &machines {
+            for parts in machine.monitor.iter().chain(&machine.pivot_monitor) {
+                wait_until_read(parts);
+            }
         }
         Ok((running.segment, machines))
     }
@@ -316,7 +339,7 @@ impl Attempt<'_> {
 }
 
 /// One transaction that makes every overlay the active layer of its disk.
-fn pivot(record: &Record, machine: &Machine) -> AfterStop {
+fn pivot(record: &Record, machine: &Machine, monitor: &mut Parts) -> Command {
     let disks = record.disks.get(&machine.name).into_iter().flatten();
     let actions: Vec<_> = disks
         .zip(&machine.overlays)
@@ -328,7 +351,7 @@ fn pivot(record: &Record, machine: &Machine) -> AfterStop {
             }})
         })
         .collect();
-    AfterStop { command: "transaction", arguments: json!({"actions": actions}) }
+    Command::new(monitor, Monitor::Pivot, "transaction", json!({"actions": actions}))
 }
 
 /// What preparing one machine made, whether or not all of it succeeded.
@@ -337,6 +360,16 @@ struct Prepared {
     capture: Option<Capture>,
     migrating: bool,
     monitor: Result<Client, ApiError>,
+    /// If it has disks.
+    pivot_monitor: Option<Client>,
+}
+
+/// The connections that one machine is cut through.
+pub(super) struct Monitors {
+    /// The machine's place.
+    machine: usize,
+    cut: Client,
+    pivot: Option<Client>,
 }
 
 fn prepare_one(plan: &Plan, keeper: Option<&Keeper>) -> Prepared {
@@ -345,6 +378,7 @@ fn prepare_one(plan: &Plan, keeper: Option<&Keeper>) -> Prepared {
         capture: None,
         migrating: false,
         monitor: Err(unprepared(&plan.name)),
+        pivot_monitor: None,
     };
     prepared.monitor = fill(plan, keeper, &mut prepared);
     prepared
@@ -374,6 +408,10 @@ fn fill(plan: &Plan, keeper: Option<&Keeper>, prepared: &mut Prepared) -> Result
     }
     for disk in &plan.disks {
         prepare_disk(plan, disk, prepared, &mut monitor)?;
+    }
+    if !prepared.overlays.is_empty() {
+        let pivot_monitor = Client::connect(&plan.pivot_monitor, Instant::now() + COMMAND_LIMIT);
+        prepared.pivot_monitor = Some(pivot_monitor.map_err(failed)?);
     }
     let gating = match plan.capture {
         CaptureMode::Live if monitor.version() < SETUP_LOCKED_SINCE => Gating::FromStart,

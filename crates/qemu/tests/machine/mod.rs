@@ -187,6 +187,7 @@ impl Machine {
         };
         let (qmp, qmp_path) = listen("qmp");
         let (qmp_cut, qmp_cut_path) = listen("cut");
+        let (qmp_pivot, _) = listen("pivot");
         let (serial, serial_path) = listen("serial");
         let (guest_agent, _) = listen("agent");
         let nic_socket = scratch.path(&format!("{name}-nic"));
@@ -205,6 +206,7 @@ impl Machine {
             sockets: Sockets {
                 qmp,
                 qmp_cut,
+                qmp_pivot,
                 serial,
                 serial_log: scratch.path(&format!("{name}.serial")),
                 guest_agent,
