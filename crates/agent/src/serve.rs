@@ -169,7 +169,8 @@ impl Agent {
     /// snapshots either, it goes.
     fn remove_empty_folders(&self) {
         let runtime = self.folders.runtime();
-        for folder in [runtime.join("ram"), runtime.join("e"), runtime.to_path_buf()] {
+        for folder in [runtime.join("ram"), runtime.join(crate::slot::RUNTIME_FOLDER), runtime.to_path_buf()]
+        {
             // Not empty, or not there: both are fine.
             let _ = std::fs::remove_dir(folder);
         }

@@ -20,6 +20,9 @@ use crate::guest::GuestChannel;
 use crate::operation::Operation;
 use crate::record::{Phase, Record};
 
+/// Under the runtime folder, where the sockets of environments are. One letter: socket paths are short.
+pub(crate) const RUNTIME_FOLDER: &str = "e";
+
 /// How long a new operation waits for a cancelled one to be undone.
 const UNDO_LIMIT: Duration = Duration::from_secs(30);
 
@@ -249,7 +252,7 @@ impl Slot {
 
     /// Its folder for sockets.
     pub(crate) fn runtime_folder(&self, folders: &Folders) -> PathBuf {
-        folders.runtime().join("e").join(self.name.as_str())
+        folders.runtime().join(RUNTIME_FOLDER).join(self.name.as_str())
     }
 }
 

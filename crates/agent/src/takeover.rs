@@ -24,7 +24,7 @@ use crate::dataplane::{Segment, SegmentId};
 use crate::launch::{COMMAND_LIMIT, SocketPaths, build_switch, find_vcpu_threads, nic_socket};
 use crate::problem::io_error;
 use crate::record::{DiskRecord, LayerRecord, Phase, Record};
-use crate::slot::{Running, RunningMachine, Slot};
+use crate::slot::{RUNTIME_FOLDER, Running, RunningMachine, Slot};
 use crate::up::{disk_folder, remove_tree, remove_unreferenced_disks, socket_folder};
 
 /// How long QEMU may take to see that its old peer has gone.
@@ -54,7 +54,18 @@ impl Agent {
                 Err(error) => tracing::error!(environment = %name, %error, "an environment is left alone"),
             }
         }
+        self.remove_ownerless_sockets(&folder);
         Ok(())
+    }
+
+    /// Removes the sockets of environments whose agent died before they had a record.
+    fn remove_ownerless_sockets(&self, environments: &Path) {
+        let Ok(folders) = std::fs::read_dir(self.folders.runtime().join(RUNTIME_FOLDER)) else { return };
+        for folder in folders.flatten() {
+            if !environments.join(folder.file_name()).exists() {
+                remove_tree(&folder.path());
+            }
+        }
     }
 
     fn take_over(&self, slot: &Arc<Slot>, mut record: Record) {

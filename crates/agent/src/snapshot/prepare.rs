@@ -242,7 +242,8 @@ impl Attempt<'_> {
             let left_as_found =
                 monitors.as_ref().is_some_and(|monitors| monitors.cut.version() >= LEFT_AS_FOUND_SINCE);
             let socket_error = |error: std::io::Error| {
-                ApiError::new(ErrorKind::Io, format!("machine {}: its monitor: {error}", machine.name))
+                ApiError::new(ErrorKind::Machine, format!("machine {}: its monitor: {error}", machine.name))
+                    .hint("QEMU has probably died: `diorama status` shows it. The other machines run on")
             };
             let (cut, pivot_monitor) = match monitors {
                 Some(monitors) => (Some(monitors.cut), monitors.pivot),
