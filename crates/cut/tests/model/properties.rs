@@ -29,9 +29,11 @@ pub fn all(bounds: &Bounds) -> Vec<Property<Bounds>> {
         properties.push(Property::eventually("every run ends", |bounds: &Bounds, s: &State| bounds.has_ended(s)));
     }
     if faults.fail + faults.hurries + faults.crash_host + faults.crash_initiator > 0 {
-        properties.push(Property::sometimes("a cut is aborted", |_, s: &State| s.told_aborted != 0));
+        properties.push(Property::sometimes("a cut is aborted", |_, s: &State| {
+            s.hosts.iter().any(|host| host.discarded != 0)
+        }));
         properties.push(Property::sometimes("a cut is aborted when some machine has made it", |_, s: &State| {
-            s.hosts.iter().any(|host| host.ports.iter().any(|port| port.passed & s.told_aborted != 0))
+            s.hosts.iter().any(|host| host.ports.iter().any(|port| port.passed & host.discarded != 0))
         }));
     }
     if faults.lose_frame > 0 {
@@ -41,11 +43,16 @@ pub fn all(bounds: &Bounds) -> Vec<Property<Bounds>> {
     }
     if bounds.attempts > 1 {
         properties.push(Property::sometimes("the cut after an aborted one becomes a snapshot", |_, s: &State| {
-            s.told_aborted & 1 != 0 && s.manifests & 2 != 0
+            s.hosts.iter().any(|host| host.discarded & 1 != 0) && s.manifests & 2 != 0
         }));
     }
     if faults.crash_host > 0 {
         properties.extend(a_host_can_crash_in_each_state());
+    }
+    if faults.crash_host > 0 && faults.fail + faults.hurries > 0 {
+        properties.push(Property::sometimes("a crash when discarding", |_, s: &State| {
+            s.faults.crash_host > 0 && s.hosts.iter().any(|host| host.participant.state_name() == "discarding")
+        }));
     }
     if faults.crash_initiator > 0 {
         properties.extend(the_initiator_can_crash_in_each_state());
@@ -159,7 +166,7 @@ fn a_host_can_crash_in_each_state() -> impl IntoIterator<Item = Property<Bounds>
         s.hosts.iter().any(|host| host.participant.state_name() == state)
     }
     can_crash!(
-        crash_host, somebody, "preparing", "prepared", "cutting", "capturing", "in doubt", "keeping", "discarding"
+        crash_host, somebody, "idle", "preparing", "prepared", "cutting", "capturing", "in doubt", "keeping"
     )
 }
 
@@ -171,6 +178,6 @@ fn the_initiator_can_crash_in_each_state() -> impl IntoIterator<Item = Property<
     let preparing = Property::sometimes("a crash of the initiator when preparing", |_: &Bounds, s: &State| {
         s.faults.crash_initiator > 0 && it(s, "preparing")
     });
-    let others = can_crash!(crash_initiator, it, "taking", "collecting", "writing", "committing", "aborting");
+    let others = can_crash!(crash_initiator, it, "taking", "collecting", "writing", "committing");
     others.into_iter().chain([preparing])
 }

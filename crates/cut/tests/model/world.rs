@@ -4,9 +4,9 @@
 //! that was sent once may be delivered at any later time and any number of times, or never: that is every loss,
 //! repetition and reordering there can be. Frames between machines overtake each other and get lost.
 //!
-//! Time: a host's clock moves only when one of its timers fires. A timer fires in two cases. At any moment, as long as
-//! there is budget for it (`hurries`): the rest of the world is slow. And when nothing else can happen: time passes.
-//! Then the initiator's timer goes first, or one that asks it again and again could starve it.
+//! Time: a host's clock moves only when one of its timers fires. A timer fires in two cases. When nothing else can happen,
+//! time passes, and the one with the shortest wait is next. And at any moment, as long as there is budget for it
+//! (`hurries`): the rest of the world is slow.
 //!
 //! Every action uses up something (a message, a budget, a step of work, a timer of finitely many), so every run ends.
 
@@ -175,15 +175,10 @@ impl Model for Bounds {
         if state.frames.len() < self.frames.len() {
             actions.push(Action::SendFrame);
         }
-        if faults.hurries > 0 || all_else_is_done {
-            let initiator_waits = state.initiator.poll_timeout().is_some();
-            if initiator_waits {
-                actions.push(Action::InitiatorTimer);
-            }
-            if faults.hurries > 0 || !initiator_waits {
-                let waiting = |host: &Host| host.participant.poll_timeout().is_some();
-                let hosts = state.hosts.iter().enumerate();
-                actions.extend(hosts.filter(|(_, h)| waiting(h)).map(|(id, _)| Action::HostTimer(id)));
+        let due = state.shortest_wait().filter(|_| all_else_is_done);
+        for (timer, wait) in state.timers() {
+            if faults.hurries > 0 || due == Some(wait) {
+                actions.push(timer);
             }
         }
         if faults.crash_host > 0 {
@@ -224,11 +219,23 @@ impl State {
             && self.hosts.iter().all(|host| host.participant.active().is_none() && host.work.is_none())
     }
 
+    /// The timers that are set, and how long each has to wait by its host's clock.
+    fn timers(&self) -> impl Iterator<Item = (Action, Duration)> + '_ {
+        let initiator = (Action::InitiatorTimer, self.initiator.poll_timeout(), self.initiator_now);
+        let hosts = self.hosts.iter().enumerate();
+        let hosts = hosts.map(|(id, host)| (Action::HostTimer(id), host.participant.poll_timeout(), host.now));
+        let all = [initiator].into_iter().chain(hosts);
+        all.filter_map(|(timer, due, now)| Some((timer, due?.saturating_sub(now))))
+    }
+
+    fn shortest_wait(&self) -> Option<Duration> {
+        self.timers().map(|(_, wait)| wait).min()
+    }
+
     fn perform(&mut self, bounds: &Bounds, action: Action) {
-        let hurried = match action {
-            Action::HostTimer(_) | Action::InitiatorTimer => self.faults.hurries > 0 && !self.is_quiet(),
-            _ => false,
-        };
+        let hurried = self.timers().any(|(timer, wait)| {
+            timer == action && !(self.is_quiet() && self.shortest_wait() == Some(wait))
+        });
         let before = self.faults;
         match action {
             Action::Start => self.start(bounds),
@@ -502,6 +509,8 @@ impl State {
             participant::Output::StartPrepare { snapshot, .. } => {
                 let cut = host.participant.active().expect("a cut");
                 assert_eq!(cut.snapshot, snapshot);
+                // After a crash it may enter an attempt that it had left before it cut: from here on it counts anew.
+                host.discarded &= !bit(cut);
                 host.work = Some(Work::Preparing(cut));
             }
             participant::Output::StartCut { cut } => host.hold_and_record(cut),
