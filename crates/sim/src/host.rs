@@ -6,7 +6,7 @@
 //! away   the agent is dead: machines run on without a network, nothing is received, all memory is lost but `Durable`
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use diorama_cut::report::{Drops, Frames, NetworkFrames, NetworkId as GlobalNetwork};
 use diorama_cut::{CutId, Initiator, Participant, ParticipantId};
@@ -66,6 +66,8 @@ pub struct Host {
     pub peers: BTreeMap<usize, PeerId>,
     /// And back.
     pub peer_hosts: Vec<usize>,
+    /// Hosts with which this agent, in this life, has begun a session.
+    pub joined: BTreeSet<usize>,
     /// The shipped participant.
     pub participant: Participant,
     /// The shipped initiator, on the host where snapshots are begun.
@@ -93,6 +95,7 @@ impl Host {
             local_networks: BTreeMap::new(),
             peers: BTreeMap::new(),
             peer_hosts: Vec::new(),
+            joined: BTreeSet::new(),
             participant: Participant::new(ParticipantId(id as u32), diorama_cut::Epoch(0)),
             initiator: initiates.then(|| Initiator::new(diorama_cut::Epoch(0))),
             cutting: None,
@@ -118,6 +121,7 @@ impl Host {
         let Durable { epoch, in_doubt } = self.durable;
         let now = self.clock(now_ns);
         self.up = true;
+        self.joined.clear();
         self.participant = match in_doubt {
             Some((cut, initiator)) => Participant::recover(me, epoch, cut, initiator, now),
             None => Participant::new(me, epoch),
@@ -131,6 +135,12 @@ impl Host {
     /// This host's clock.
     pub fn clock(&self, now_ns: u64) -> std::time::Duration {
         std::time::Duration::from_nanos(now_ns + self.clock_ahead_ns)
+    }
+
+    /// Whether this agent has begun a session with every host that it shares a network with. Before that, the two count
+    /// different frames, and accounts of a cut would not add up: it must not be prepared.
+    pub fn has_joined_all(&self) -> bool {
+        self.peers.keys().all(|peer| self.joined.contains(peer))
     }
 
     /// Whether the machines can send: the agent reads their ports, and they are not stopped.

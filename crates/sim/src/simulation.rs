@@ -304,8 +304,8 @@ impl Simulation {
                 }
             }
             Event::Wake { host, life, initiator } => {
-                self.wakes[host][usize::from(initiator)] = None;
                 if self.hosts[host].life == life && self.hosts[host].up {
+                    self.wakes[host][usize::from(initiator)] = None;
                     self.note(&[3, host as u64]);
                     if initiator {
                         self.feed_initiator(host, initiator::Input::Tick);
@@ -473,6 +473,7 @@ impl Simulation {
     fn come_back(&mut self, id: usize) {
         self.note(&[7, id as u64]);
         self.hosts[id].come_back(self.now_ns);
+        self.wakes[id] = [None; 2];
         self.schedule_wakes(id);
         let peers: Vec<_> = self.hosts[id].peers.keys().copied().collect();
         for b in peers {

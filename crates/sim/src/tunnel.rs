@@ -67,6 +67,7 @@ impl Tunnels {
         let (one, other) = (a.id, b.id);
         for (host, other) in [(a, other), (b, one)] {
             let peer = host.peers[&other];
+            host.joined.insert(other);
             host.switch.restart_peer(peer);
             host.switch.set_peer_connected(peer, true);
         }

@@ -65,6 +65,7 @@ impl Simulation {
             Done::Prepared(snapshot) if fails => {
                 self.feed_participant(id, participant::Input::PrepareFailed { snapshot, detail: detail() });
             }
+            Done::Prepared(_) if !self.hosts[id].has_joined_all() => self.work(id, (5 * MS, 5 * MS), work),
             Done::Prepared(snapshot) => {
                 self.feed_participant(id, participant::Input::Prepared { snapshot });
             }
