@@ -125,7 +125,10 @@ pub struct Row {
 impl Row {
     /// The medians over runs of equal size; None without a snapshot in any.
     pub fn of(runs: &[Figures]) -> Option<Self> {
-        let found: Vec<_> = runs.iter().filter_map(|run| Some((run, run.attempts.iter().find(|a| a.done_ns.is_some())?))).collect();
+        let found: Vec<_> = runs
+            .iter()
+            .filter_map(|run| Some((run, run.attempts.iter().find(|a| a.done_ns.is_some())?)))
+            .collect();
         let (first, _) = found.first()?;
         let median = |value: &dyn Fn(&Figures, &AttemptFigures) -> u64| {
             let mut values: Vec<_> = found.iter().map(|(run, attempt)| value(run, attempt)).collect();
@@ -133,7 +136,8 @@ impl Row {
             values[values.len() / 2]
         };
         let us = |ns: Option<u64>| ns.unwrap_or(0) / 1000;
-        let bound = |run: &Figures, attempt: &AttemptFigures| 2 * run.round_trip_ns + attempt.slowest_local_cut_ns;
+        let bound =
+            |run: &Figures, attempt: &AttemptFigures| 2 * run.round_trip_ns + attempt.slowest_local_cut_ns;
         Some(Self {
             hosts: first.hosts,
             machines: first.machines,
@@ -145,7 +149,9 @@ impl Row {
             skew_us: median(&|_, a| us(a.skew_ns())),
             stall_us: median(&|_, a| a.slowest_local_cut_ns / 1000),
             in_flight: median(&|_, a| a.in_flight),
-            within_bound: found.iter().all(|(run, a)| a.closing_time_ns().is_some_and(|t| t <= bound(run, a))),
+            within_bound: found
+                .iter()
+                .all(|(run, a)| a.closing_time_ns().is_some_and(|t| t <= bound(run, a))),
         })
     }
 }

@@ -46,7 +46,9 @@ pub enum Verdict {
         machine: Machine,
     },
     /// An effect is in the snapshot and its cause is not.
-    #[error("attempt {attempt}: frame {frame} was received by {to} before its cut and sent by {from} after its own")]
+    #[error(
+        "attempt {attempt}: frame {frame} was received by {to} before its cut and sent by {from} after its own"
+    )]
     CrossedBackwards {
         /// The attempt.
         attempt: u32,
@@ -58,7 +60,9 @@ pub enum Verdict {
         to: Machine,
     },
     /// The same, found by vector clocks.
-    #[error("attempt {attempt}: machine {knower} knows {knows} events of {of}, which had {had} when it was cut")]
+    #[error(
+        "attempt {attempt}: machine {knower} knows {knows} events of {of}, which had {had} when it was cut"
+    )]
     KnowsTooMuch {
         /// The attempt.
         attempt: u32,
@@ -82,7 +86,9 @@ pub enum Verdict {
         to: Machine,
     },
     /// A recorded frame was not in flight.
-    #[error("attempt {attempt}: frame {frame} to {to} is recorded and was not in flight, or is recorded twice")]
+    #[error(
+        "attempt {attempt}: frame {frame} to {to} is recorded and was not in flight, or is recorded twice"
+    )]
     WronglyRecorded {
         /// The attempt.
         attempt: u32,
@@ -225,7 +231,11 @@ impl Judge {
         let crossing = self.attempts[attempt as usize].crossed_backwards;
         let too_much = self.knows_too_much(attempt);
         if self.clocks.is_some() {
-            assert_eq!(crossing.is_some(), too_much.is_some(), "the two ways to judge disagree: {crossing:?}");
+            assert_eq!(
+                crossing.is_some(),
+                too_much.is_some(),
+                "the two ways to judge disagree: {crossing:?}"
+            );
         }
         match (crossing, too_much) {
             (Some((frame, from, to)), _) => Err(Verdict::CrossedBackwards { attempt, frame, from, to }),

@@ -106,8 +106,15 @@ fn run(scenario: Scenario) -> Result<Figures, String> {
 impl Arguments {
     fn parse(mut words: impl Iterator<Item = String>) -> Result<Self, String> {
         let mut hosts = None;
-        let mut parsed =
-            Self { hosts: Vec::new(), machines: 10, runs: 3, seed: 1, storm_ms: None, json: false, svg: None };
+        let mut parsed = Self {
+            hosts: Vec::new(),
+            machines: 10,
+            runs: 3,
+            seed: 1,
+            storm_ms: None,
+            json: false,
+            svg: None,
+        };
         while let Some(word) = words.next() {
             let mut value = || words.next().ok_or_else(|| format!("{word} needs a value\n"));
             match word.as_str() {

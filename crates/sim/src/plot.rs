@@ -84,8 +84,11 @@ fn panel(svg: &mut String, shift: f64, title: &str, hosts: &[f64], series: &[Ser
     );
     for (number, Series { name, values }) in series.iter().enumerate() {
         let colour = COLOURS[number % COLOURS.len()];
-        let points: Vec<_> =
-            hosts.iter().zip(values).map(|(&host, &value)| format!("{:.1},{:.1}", x(host), y(value))).collect();
+        let points: Vec<_> = hosts
+            .iter()
+            .zip(values)
+            .map(|(&host, &value)| format!("{:.1},{:.1}", x(host), y(value)))
+            .collect();
         let _ = writeln!(
             svg,
             "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>\

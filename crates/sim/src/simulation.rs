@@ -93,15 +93,36 @@ pub enum Failure {
 #[derive(Debug)]
 enum Event {
     /// A machine sends a frame of its own, or answers one.
-    Send { machine: Machine, answers: Option<Machine> },
+    Send {
+        machine: Machine,
+        answers: Option<Machine>,
+    },
     Packet(Packet),
-    Message { from: usize, to: usize, to_initiator: bool, message: Rc<Message> },
-    Wake { host: usize, life: u32, initiator: bool },
-    Work { host: usize, life: u32, work: Done },
-    Join { a: usize, b: usize },
+    Message {
+        from: usize,
+        to: usize,
+        to_initiator: bool,
+        message: Rc<Message>,
+    },
+    Wake {
+        host: usize,
+        life: u32,
+        initiator: bool,
+    },
+    Work {
+        host: usize,
+        life: u32,
+        work: Done,
+    },
+    Join {
+        a: usize,
+        b: usize,
+    },
     User,
     Crash,
-    ComeBack { host: usize },
+    ComeBack {
+        host: usize,
+    },
     Part,
     Heal,
 }

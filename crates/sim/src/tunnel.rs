@@ -142,7 +142,8 @@ impl Way {
 impl Host {
     /// What this host has sent to others of colours older than the cut.
     pub fn sent_before(&self, cut: CutId) -> Vec<ChannelCount> {
-        let counts = self.channels(cut).map(|(channel, counts)| ChannelCount { channel, copies: counts.sent });
+        let counts =
+            self.channels(cut).map(|(channel, counts)| ChannelCount { channel, copies: counts.sent });
         let mut counts: Vec<_> = counts.filter(|count| count.copies > 0).collect();
         counts.sort_by_key(|count| count.channel);
         counts

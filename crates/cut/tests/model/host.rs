@@ -183,7 +183,8 @@ impl Host {
 
     /// The oldest newer colour that waits here.
     pub fn waiting_for(&self, frames: &[Frame]) -> Option<Epoch> {
-        let heads = self.ports.iter().filter_map(|port| Some((port.epoch, frames[*port.queue.first()?].colour)));
+        let heads =
+            self.ports.iter().filter_map(|port| Some((port.epoch, frames[*port.queue.first()?].colour)));
         heads.filter(|(epoch, colour)| colour > epoch).map(|(_, colour)| colour).min()
     }
 }

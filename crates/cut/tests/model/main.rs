@@ -48,7 +48,22 @@ fn probe() {
     let machines: usize = std::env::var("MACHINES").unwrap().parse().unwrap();
     let f = |k: &str| -> u8 { std::env::var(k).map_or(0, |v| v.parse().unwrap()) };
     let all = [((0, 0), (1, machines - 1)), ((1, 0), (0, machines - 1)), ((hosts - 1, 0), (0, 0))];
-    let faults = Faults { lose: f("LOSE"), repeat: f("REPEAT"), lose_frame: f("LOSEF"), crash_host: f("CH"), crash_initiator: f("CI"), fail: f("FAIL"), hurries: f("HURRY") };
-    let b = Bounds { hosts, machines, frames: all[..f("FRAMES") as usize].to_vec(), attempts: f("ATT").max(1), forever: f("FOREVER") > 0, faults };
+    let faults = Faults {
+        lose: f("LOSE"),
+        repeat: f("REPEAT"),
+        lose_frame: f("LOSEF"),
+        crash_host: f("CH"),
+        crash_initiator: f("CI"),
+        fail: f("FAIL"),
+        hurries: f("HURRY"),
+    };
+    let b = Bounds {
+        hosts,
+        machines,
+        frames: all[..f("FRAMES") as usize].to_vec(),
+        attempts: f("ATT").max(1),
+        forever: f("FOREVER") > 0,
+        faults,
+    };
     explore("probe", b, std::env::var("DEPTH").ok().map(|d| d.parse().unwrap()));
 }

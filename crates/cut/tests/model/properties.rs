@@ -26,32 +26,39 @@ pub fn all(bounds: &Bounds) -> Vec<Property<Bounds>> {
         }),
     ]);
     if !bounds.forever {
-        properties.push(Property::eventually("every run ends", |bounds: &Bounds, s: &State| bounds.has_ended(s)));
+        properties
+            .push(Property::eventually("every run ends", |bounds: &Bounds, s: &State| bounds.has_ended(s)));
     }
     if faults.fail + faults.hurries + faults.crash_host + faults.crash_initiator > 0 {
         properties.push(Property::sometimes("a cut is aborted", |_, s: &State| {
             s.hosts.iter().any(|host| host.discarded != 0)
         }));
-        properties.push(Property::sometimes("a cut is aborted when some machine has made it", |_, s: &State| {
-            s.hosts.iter().any(|host| host.ports.iter().any(|port| port.passed & host.discarded != 0))
-        }));
+        properties.push(Property::sometimes(
+            "a cut is aborted when some machine has made it",
+            |_, s: &State| {
+                s.hosts.iter().any(|host| host.ports.iter().any(|port| port.passed & host.discarded != 0))
+            },
+        ));
     }
     if faults.lose_frame > 0 {
-        properties.push(Property::sometimes("a snapshot that exists declares a frame lost", |_, s: &State| {
-            s.frames.iter().any(|frame| frame.lost_in & s.manifests != 0)
-        }));
+        properties
+            .push(Property::sometimes("a snapshot that exists declares a frame lost", |_, s: &State| {
+                s.frames.iter().any(|frame| frame.lost_in & s.manifests != 0)
+            }));
     }
     if bounds.attempts > 1 {
-        properties.push(Property::sometimes("the cut after an aborted one becomes a snapshot", |_, s: &State| {
-            s.hosts.iter().any(|host| host.discarded & 1 != 0) && s.manifests & 2 != 0
-        }));
+        properties
+            .push(Property::sometimes("the cut after an aborted one becomes a snapshot", |_, s: &State| {
+                s.hosts.iter().any(|host| host.discarded & 1 != 0) && s.manifests & 2 != 0
+            }));
     }
     if faults.crash_host > 0 {
         properties.extend(a_host_can_crash_in_each_state());
     }
     if faults.crash_host > 0 && faults.fail + faults.hurries > 0 {
         properties.push(Property::sometimes("a crash when discarding", |_, s: &State| {
-            s.faults.crash_host > 0 && s.hosts.iter().any(|host| host.participant.state_name() == "discarding")
+            s.faults.crash_host > 0
+                && s.hosts.iter().any(|host| host.participant.state_name() == "discarding")
         }));
     }
     if faults.crash_initiator > 0 {
@@ -62,29 +69,38 @@ pub fn all(bounds: &Bounds) -> Vec<Property<Bounds>> {
 
 fn always() -> Vec<Property<Bounds>> {
     vec![
-        Property::always("no frame is received before a cut that was sent after it", |_: &Bounds, s: &State| {
-            s.each_snapshot(|snapshot| s.frames.iter().all(|f| !crosses_backwards(f, snapshot)))
-        }),
-        Property::always("a recorded frame was sent before the cut and not delivered before it", |_, s: &State| {
-            s.each_snapshot(|snapshot| {
-                let recorded = s.frames.iter().filter(|frame| frame.recorded_in & snapshot != 0);
-                recorded.fold(true, |good, f| {
-                    good && f.sent_after & snapshot == 0 && !delivered_before(f, snapshot)
+        Property::always(
+            "no frame is received before a cut that was sent after it",
+            |_: &Bounds, s: &State| {
+                s.each_snapshot(|snapshot| s.frames.iter().all(|f| !crosses_backwards(f, snapshot)))
+            },
+        ),
+        Property::always(
+            "a recorded frame was sent before the cut and not delivered before it",
+            |_, s: &State| {
+                s.each_snapshot(|snapshot| {
+                    let recorded = s.frames.iter().filter(|frame| frame.recorded_in & snapshot != 0);
+                    recorded.fold(true, |good, f| {
+                        good && f.sent_after & snapshot == 0 && !delivered_before(f, snapshot)
+                    })
                 })
-            })
-        }),
-        Property::always("each frame sent before is delivered before, recorded or lost, and one of these", |_, s: &State| {
-            s.each_snapshot(|snapshot| {
-                s.frames.iter().filter(|frame| frame.sent_after & snapshot == 0).all(|frame| {
-                    let fates = [
-                        delivered_before(frame, snapshot),
-                        frame.recorded_in & snapshot != 0,
-                        frame.lost_in & snapshot != 0,
-                    ];
-                    fates.into_iter().filter(|&fate| fate).count() == 1
+            },
+        ),
+        Property::always(
+            "each frame sent before is delivered before, recorded or lost, and one of these",
+            |_, s: &State| {
+                s.each_snapshot(|snapshot| {
+                    s.frames.iter().filter(|frame| frame.sent_after & snapshot == 0).all(|frame| {
+                        let fates = [
+                            delivered_before(frame, snapshot),
+                            frame.recorded_in & snapshot != 0,
+                            frame.lost_in & snapshot != 0,
+                        ];
+                        fates.into_iter().filter(|&fate| fate).count() == 1
+                    })
                 })
-            })
-        }),
+            },
+        ),
         Property::always("every machine has made the cut of a snapshot that exists", |_, s: &State| {
             let ports = || s.hosts.iter().flat_map(|host| &host.ports);
             s.each_snapshot(|snapshot| ports().all(|port| port.passed & snapshot != 0))
@@ -98,16 +114,19 @@ fn always() -> Vec<Property<Bounds>> {
         Property::always("what the user is told is so", |_, s: &State| {
             s.told_committed & !s.manifests == 0 && s.told_aborted & s.manifests == 0
         }),
-        Property::always("a host in no cut holds nothing, records nothing, and is at one epoch", |_, s: &State| {
-            s.hosts.iter().filter(|host| host.participant.active().is_none()).all(|host| {
-                let epoch = host.participant.epoch();
-                !host.held
-                    && host.recording.is_none()
-                    && host.work.is_none()
-                    && host.in_doubt.is_none()
-                    && host.ports.iter().all(|port| port.epoch == epoch)
-            })
-        }),
+        Property::always(
+            "a host in no cut holds nothing, records nothing, and is at one epoch",
+            |_, s: &State| {
+                s.hosts.iter().filter(|host| host.participant.active().is_none()).all(|host| {
+                    let epoch = host.participant.epoch();
+                    !host.held
+                        && host.recording.is_none()
+                        && host.work.is_none()
+                        && host.in_doubt.is_none()
+                        && host.ports.iter().all(|port| port.epoch == epoch)
+                })
+            },
+        ),
         Property::always("no rule is broken on the way", |_, s: &State| s.broken.is_none()),
         Property::always("a run that cannot go on has ended well", |bounds: &Bounds, s: &State| {
             if bounds.forever || !s.at_rest_or_stuck() {
@@ -166,7 +185,15 @@ fn a_host_can_crash_in_each_state() -> impl IntoIterator<Item = Property<Bounds>
         s.hosts.iter().any(|host| host.participant.state_name() == state)
     }
     can_crash!(
-        crash_host, somebody, "idle", "preparing", "prepared", "cutting", "capturing", "in doubt", "keeping"
+        crash_host,
+        somebody,
+        "idle",
+        "preparing",
+        "prepared",
+        "cutting",
+        "capturing",
+        "in doubt",
+        "keeping"
     )
 }
 
@@ -175,9 +202,10 @@ fn the_initiator_can_crash_in_each_state() -> impl IntoIterator<Item = Property<
         s.initiator.state_name() == state
     }
     // Its names of states are no participant's, but for the first.
-    let preparing = Property::sometimes("a crash of the initiator when preparing", |_: &Bounds, s: &State| {
-        s.faults.crash_initiator > 0 && it(s, "preparing")
-    });
+    let preparing =
+        Property::sometimes("a crash of the initiator when preparing", |_: &Bounds, s: &State| {
+            s.faults.crash_initiator > 0 && it(s, "preparing")
+        });
     let others = can_crash!(crash_initiator, it, "taking", "collecting", "writing", "committing");
     others.into_iter().chain([preparing])
 }

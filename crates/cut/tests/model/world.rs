@@ -223,7 +223,8 @@ impl State {
     fn timers(&self) -> impl Iterator<Item = (Action, Duration)> + '_ {
         let initiator = (Action::InitiatorTimer, self.initiator.poll_timeout(), self.initiator_now);
         let hosts = self.hosts.iter().enumerate();
-        let hosts = hosts.map(|(id, host)| (Action::HostTimer(id), host.participant.poll_timeout(), host.now));
+        let hosts =
+            hosts.map(|(id, host)| (Action::HostTimer(id), host.participant.poll_timeout(), host.now));
         let all = [initiator].into_iter().chain(hosts);
         all.filter_map(|(timer, due, now)| Some((timer, due?.saturating_sub(now))))
     }
@@ -233,9 +234,9 @@ impl State {
     }
 
     fn perform(&mut self, bounds: &Bounds, action: Action) {
-        let hurried = self.timers().any(|(timer, wait)| {
-            timer == action && !(self.is_quiet() && self.shortest_wait() == Some(wait))
-        });
+        let hurried = self
+            .timers()
+            .any(|(timer, wait)| timer == action && !(self.is_quiet() && self.shortest_wait() == Some(wait)));
         let before = self.faults;
         match action {
             Action::Start => self.start(bounds),
@@ -475,7 +476,10 @@ impl State {
                 }
                 initiator::Output::LookUpOutcome { from, cut } => {
                     let committed = self.manifests & bit(cut) != 0;
-                    self.feed_initiator(bounds, initiator::Input::OutcomeLookedUp { to: from, cut, committed });
+                    self.feed_initiator(
+                        bounds,
+                        initiator::Input::OutcomeLookedUp { to: from, cut, committed },
+                    );
                 }
                 initiator::Output::Done { cut, outcome, .. } => match outcome {
                     Outcome::Committed => self.told_committed |= bit(cut),
@@ -548,11 +552,13 @@ impl State {
             self.broken = Some("a copy is unaccounted for");
         }
         let before = |f: &&Frame| f.sent_after & bit(cut) == 0;
-        let count = |wanted: &dyn Fn(&Frame) -> bool| self.frames.iter().filter(before).filter(|f| wanted(f)).count();
+        let count =
+            |wanted: &dyn Fn(&Frame) -> bool| self.frames.iter().filter(before).filter(|f| wanted(f)).count();
         let truth = Frames {
             sent_before: count(&|_| true) as u64,
-            delivered_before: count(&|f| matches!(f.at, FrameAt::Delivered { after, .. } if after & bit(cut) == 0))
-                as u64,
+            delivered_before: count(
+                &|f| matches!(f.at, FrameAt::Delivered { after, .. } if after & bit(cut) == 0),
+            ) as u64,
             in_flight: count(&|f| f.recorded_in & bit(cut) != 0) as u64,
             dropped: diorama_cut::Drops {
                 wire_loss: count(&|f| f.lost_in & bit(cut) != 0) as u64,

@@ -71,10 +71,12 @@ impl Simulation {
             }
             Done::Stopped(cut) if under_way(&self.hosts[id], cut) => {
                 if fails {
-                    return self.feed_participant(id, participant::Input::CutFailed { cut, detail: detail() });
+                    return self
+                        .feed_participant(id, participant::Input::CutFailed { cut, detail: detail() });
                 }
                 // What a machine had sent when it was stopped is read now, and is of the old colour.
-                let machines: Vec<_> = self.hosts[id].layout.machines.iter().map(|&(machine, _)| machine).collect();
+                let machines: Vec<_> =
+                    self.hosts[id].layout.machines.iter().map(|&(machine, _)| machine).collect();
                 for machine in machines {
                     if self.random.below(4) == 0 {
                         self.send_now(machine, None);
@@ -175,7 +177,9 @@ impl Simulation {
     fn machine_reports(&self, id: usize) -> Vec<MachineReport> {
         let machines = self.hosts[id].layout.machines.iter();
         // What stands in a manifest of a machine is some hundreds of bytes; they are not counted here.
-        machines.map(|(machine, _)| MachineReport { machine: format!("m{machine}"), captured: vec![] }).collect()
+        machines
+            .map(|(machine, _)| MachineReport { machine: format!("m{machine}"), captured: vec![] })
+            .collect()
     }
 
     fn work(&mut self, host: usize, takes_ns: (u64, u64), work: Done) {
