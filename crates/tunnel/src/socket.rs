@@ -45,8 +45,12 @@ impl TunnelSocket {
     pub fn bind(address: SocketAddr) -> io::Result<Self> {
         let socket = UdpSocket::bind(address)?;
         socket.set_nonblocking(true)?;
-        for buffer in [libc::SO_SNDBUF, libc::SO_RCVBUF] {
-            set_option(&socket, libc::SOL_SOCKET, buffer, SOCKET_BUFFER_BYTES)?;
+        // Who administers the network may go beyond the limit.
+        for (buffer, beyond) in
+            [(libc::SO_SNDBUF, libc::SO_SNDBUFFORCE), (libc::SO_RCVBUF, libc::SO_RCVBUFFORCE)]
+        {
+            set_option(&socket, libc::SOL_SOCKET, beyond, SOCKET_BUFFER_BYTES)
+                .or_else(|_| set_option(&socket, libc::SOL_SOCKET, buffer, SOCKET_BUFFER_BYTES))?;
         }
         // Probe: the don't-fragment bit is set, and the path's MTU is ours to know, not for ICMP (which anybody can send) to
         // say.

@@ -366,3 +366,81 @@ impl Tunnel {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::key::Cipher;
+
+    fn key(id: u16) -> SendingKey {
+        SendingKey::generate(KeyId(id), Cipher::ChaCha20Poly1305).unwrap()
+    }
+
+    fn seal(tunnel: &mut Tunnel, room: usize) -> Result<usize, SealError> {
+        tunnel.seal(Vni::MAX, Epoch(0), [b"frame", &[]], &mut vec![0; room])
+    }
+
+    #[test]
+    fn what_cannot_be_sealed_says_why_and_uses_no_number() {
+        let mut tunnel = Tunnel::new(Protection::Sealed);
+        assert_eq!(seal(&mut tunnel, 100), Err(SealError::NoKey));
+        tunnel.install_sending(key(1));
+        let needed = HEADER_BYTES + 5 + TAG_BYTES;
+        assert_eq!(seal(&mut tunnel, needed - 1), Err(SealError::Room { needed, room: needed - 1 }));
+        assert_eq!(tunnel.next_sequence, 0);
+        assert_eq!(seal(&mut tunnel, needed), Ok(needed));
+
+        let sending = tunnel.sending.as_mut().unwrap();
+        sending.frames = FRAMES_PER_KEY / 2 - 1;
+        assert!(!tunnel.rekey_due());
+        seal(&mut tunnel, needed).unwrap();
+        assert!(tunnel.rekey_due());
+        for (frames, bytes) in [(FRAMES_PER_KEY, 9), (9, BYTES_PER_KEY)] {
+            tunnel.sending = Some(Sending { key: key(1), frames, bytes });
+            assert_eq!(seal(&mut tunnel, needed), Err(SealError::KeyExhausted { frames, bytes }));
+            assert!(tunnel.rekey_due());
+        }
+        tunnel.install_sending(key(2));
+        assert_eq!(seal(&mut tunnel, needed), Ok(needed));
+        assert_eq!(tunnel.next_sequence, 3);
+        tunnel.next_sequence = u64::MAX;
+        assert_eq!(seal(&mut tunnel, needed), Err(SealError::NumbersExhausted));
+        assert_eq!(tunnel.counters().sent, 3);
+    }
+
+    #[test]
+    fn a_key_that_was_attacked_too_often_is_given_up() {
+        let mut tunnel = Tunnel::new(Protection::Sealed);
+        tunnel.install_receiving(ReceivingKey::from_bytes(&key(1).to_bytes()).unwrap());
+        tunnel.receiving[0].forged = FORGED_PER_KEY - 1;
+        let mut forger = Tunnel::new(Protection::Sealed);
+        forger.install_sending(key(1));
+        let mut packet = vec![0; 100];
+        let len = seal_into(&mut forger, &mut packet);
+        let forged = &mut packet[..len];
+        assert_eq!(tunnel.open(&mut forged.to_vec(), Time(0)), Err(OpenError::Forged { sequence: 0 }));
+        assert_eq!(tunnel.open(forged, Time(0)), Err(OpenError::OldKey { key: KeyId(1) }));
+    }
+
+    #[test]
+    fn a_network_is_carried_while_it_is_admitted() {
+        let (mut from, mut to) = (Tunnel::new(Protection::Open), Tunnel::new(Protection::Open));
+        let mut packet = vec![0; 100];
+        for (step, admitted) in [false, true, false].into_iter().enumerate() {
+            if admitted {
+                to.admit(Vni::MAX)
+            } else {
+                to.revoke(Vni::MAX)
+            }
+            let len = seal_into(&mut from, &mut packet);
+            let opened = to.open(&mut packet[..len], Time(0)).map(|opened| opened.frame.to_vec());
+            let expected =
+                if admitted { Ok(b"frame".to_vec()) } else { Err(OpenError::NotAMember { vni: Vni::MAX }) };
+            assert_eq!(opened, expected, "step {step}");
+        }
+    }
+
+    fn seal_into(tunnel: &mut Tunnel, packet: &mut [u8]) -> usize {
+        tunnel.seal(Vni::MAX, Epoch(0), [b"fra", b"me"], packet).unwrap()
+    }
+}

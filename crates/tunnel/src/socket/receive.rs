@@ -30,7 +30,8 @@ struct Filled {
 pub struct Received {
     /// Packets, which are in the batch now.
     pub packets: usize,
-    /// Whether the batch was filled: there may be more.
+    /// Whether the batch was filled: there may be more. (Empty packets fill it too, and are none; so receive until this
+    /// is false, not until there are no packets.)
     pub more: bool,
 }
 
