@@ -37,11 +37,12 @@ pub struct Offload {
 #[derive(Debug)]
 pub struct TunnelSocket {
     socket: UdpSocket,
+    v6: bool,
     offload: Offload,
 }
 
 impl TunnelSocket {
-    /// Binds, and finds out what the kernel offers.
+    /// Binds, and finds out what the kernel offers. Bound to `[::]`, it serves IPv4 as well where the system lets it.
     pub fn bind(address: SocketAddr) -> io::Result<Self> {
         let socket = UdpSocket::bind(address)?;
         socket.set_nonblocking(true)?;
@@ -54,21 +55,17 @@ impl TunnelSocket {
         }
         // Probe: the don't-fragment bit is set, and the path's MTU is ours to know, not for ICMP (which anybody can send) to
         // say.
-        match address {
-            SocketAddr::V4(_) => {
-                set_option(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE)?;
-            }
-            SocketAddr::V6(_) => {
-                let probe = libc::IPV6_PMTUDISC_PROBE;
-                set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, probe)?;
-            }
+        // A socket for IPv6 may carry IPv4 too.
+        set_option(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE)?;
+        if address.is_ipv6() {
+            set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_PROBE)?;
         }
         // A segment size of 0 changes nothing, and fails where there is no such thing.
         let offload = Offload {
             send: set_option(&socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok(),
             receive: set_option(&socket, libc::SOL_UDP, libc::UDP_GRO, 1).is_ok(),
         };
-        Ok(Self { socket, offload })
+        Ok(Self { socket, v6: address.is_ipv6(), offload })
     }
 
     /// Where it is bound.
@@ -92,7 +89,7 @@ impl TunnelSocket {
 
     /// Sends what the batch holds, as far as the socket takes it. What it takes, or refuses for good, leaves the batch.
     pub fn send(&mut self, batch: &mut SendBatch) -> io::Result<Sent> {
-        batch.send(self.socket.as_raw_fd(), &mut self.offload.send)
+        batch.send(self.socket.as_raw_fd(), self.v6, &mut self.offload.send)
     }
 
     /// Receives what is there, as far as the batch has room. What the batch held before is gone.

@@ -130,6 +130,21 @@ fn frames_of_any_length_arrive_in_order_with_their_colours() {
 }
 
 #[test]
+fn one_socket_serves_both_versions_of_ip() {
+    let mut both = Host::new(Protection::Sealed, "[::]:0");
+    let mut v4 = Host::new(Protection::Sealed, "127.0.0.1:0");
+    introduce(&mut both.tunnel, &mut v4.tunnel, 1, CIPHERS[0]);
+    introduce(&mut v4.tunnel, &mut both.tunnel, 1, CIPHERS[0]);
+    assert_eq!(both.send(v4.address, &[frame(1, 60), frame(2, 60)]).packets, 2);
+    assert_eq!(v4.receive().0.len(), 2);
+    v4.send(SocketAddr::from(([127, 0, 0, 1], both.address.port())), &[frame(3, 60)]);
+    assert_eq!(both.socket.receive(&mut both.batch).unwrap().packets, 1);
+    let (from, packet) = both.batch.packets().next().unwrap();
+    assert_eq!(from, v4.address);
+    assert_eq!(both.tunnel.open(packet, NOW).unwrap().frame, frame(3, 60));
+}
+
+#[test]
 fn what_the_path_refuses_is_counted_and_does_not_stop_the_rest() {
     let (mut a, mut b) = pair(CIPHERS[0]);
     let mut batch = SendBatch::new(1 << 18);

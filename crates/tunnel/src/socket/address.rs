@@ -1,4 +1,5 @@
-//! Socket addresses as the kernel has them.
+//! Socket addresses as the kernel has them. A socket for IPv6 has IPv4 addresses mapped into it; outside of here they are
+//! IPv4 addresses, whatever the socket.
 
 use std::{
     mem::{size_of, zeroed},
@@ -22,10 +23,16 @@ impl RawAddress {
         unsafe { zeroed() }
     }
 
-    /// The address and its length.
-    pub(super) fn new(address: SocketAddr) -> (Self, libc::socklen_t) {
+    /// The address and its length, for a socket of IPv6 or of IPv4.
+    pub(super) fn new(address: SocketAddr, v6_socket: bool) -> (Self, libc::socklen_t) {
         let mut raw = Self::empty();
-        let len = match address {
+        let mapped = match address {
+            SocketAddr::V4(v4) if v6_socket => {
+                SocketAddr::V6(SocketAddrV6::new(v4.ip().to_ipv6_mapped(), v4.port(), 0, 0))
+            }
+            address => address,
+        };
+        let len = match mapped {
             SocketAddr::V4(address) => {
                 raw.v4 = libc::sockaddr_in {
                     sin_family: libc::AF_INET as libc::sa_family_t,
@@ -64,6 +71,9 @@ impl RawAddress {
                 let raw = unsafe { self.v6 };
                 let ip = Ipv6Addr::from(raw.sin6_addr.s6_addr);
                 let port = u16::from_be(raw.sin6_port);
+                if let Some(ip) = ip.to_ipv4_mapped() {
+                    return Some(SocketAddr::V4(SocketAddrV4::new(ip, port)));
+                }
                 Some(SocketAddr::V6(SocketAddrV6::new(ip, port, raw.sin6_flowinfo, raw.sin6_scope_id)))
             }
             _ => None,
@@ -79,9 +89,11 @@ mod tests {
     fn comes_back_as_it_went() {
         for address in ["192.0.2.7:6081", "[2001:db8::7]:6081", "[fe80::1%3]:1"] {
             let address: SocketAddr = address.parse().unwrap();
-            let (raw, len) = RawAddress::new(address);
-            assert_eq!(raw.get(), Some(address));
-            assert!(len <= RawAddress::BYTES);
+            for v6_socket in [false, true] {
+                let (raw, len) = RawAddress::new(address, v6_socket);
+                assert_eq!(raw.get(), Some(address));
+                assert!(len <= RawAddress::BYTES);
+            }
         }
         assert_eq!(RawAddress::empty().get(), None);
     }

@@ -84,13 +84,13 @@ impl SendBatch {
         self.packets.is_empty()
     }
 
-    pub(super) fn send(&mut self, socket: RawFd, segments: &mut bool) -> io::Result<Sent> {
+    pub(super) fn send(&mut self, socket: RawFd, v6_socket: bool, segments: &mut bool) -> io::Result<Sent> {
         let mut sent = Sent::default();
         while !self.packets.is_empty() {
             let mut trains = [Train::default(); MESSAGES];
             let count = self.trains(&mut trains, *segments);
             sent.calls += 1;
-            match self.send_trains(socket, &trains[..count]) {
+            match self.send_trains(socket, v6_socket, &trains[..count]) {
                 Ok(taken) => {
                     for train in &trains[..taken] {
                         sent.packets += train.packets;
@@ -159,7 +159,7 @@ impl SendBatch {
     }
 
     /// One `sendmmsg`; returns how many trains were taken, at least one.
-    fn send_trains(&self, socket: RawFd, trains: &[Train]) -> io::Result<usize> {
+    fn send_trains(&self, socket: RawFd, v6_socket: bool, trains: &[Train]) -> io::Result<usize> {
         // SAFETY: for these types of integers and pointers zero (null) is valid.
         let mut messages: [libc::mmsghdr; MESSAGES] = unsafe { zeroed() };
         // SAFETY: as above.
@@ -171,7 +171,7 @@ impl SendBatch {
             let bytes = &self.buffer[train.from..train.from + train.bytes];
             // sendmsg only reads what iov_base points to.
             pieces[n] = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-            let (address, address_len) = RawAddress::new(to);
+            let (address, address_len) = RawAddress::new(to, v6_socket);
             addresses[n] = address;
             let header = &mut messages[n].msg_hdr;
             header.msg_name = (&raw mut addresses[n]).cast();
