@@ -113,7 +113,8 @@ impl SendingKey {
     /// Encrypts `body` in place and returns the tag. None if it is too long to be a packet.
     #[inline]
     pub(crate) fn seal(&self, sequence: u64, header: &[u8], body: &mut [u8]) -> Option<[u8; TAG_BYTES]> {
-        let tag = self.key.seal_in_place_separate_tag(nonce(sequence), Aad::from(header), body).ok()?;
+        let tag =
+            self.key.seal_in_place_separate_tag(nonce(self.id, sequence), Aad::from(header), body).ok()?;
         tag.as_ref().try_into().ok()
     }
 }
@@ -157,7 +158,7 @@ impl ReceivingKey {
         header: &[u8],
         sealed: &'p mut [u8],
     ) -> Option<&'p mut [u8]> {
-        self.key.open_in_place(nonce(sequence), Aad::from(header), sealed).ok()
+        self.key.open_in_place(nonce(self.id, sequence), Aad::from(header), sealed).ok()
     }
 }
 
@@ -174,10 +175,12 @@ fn aead_key(cipher: Cipher, secret: &[u8; SECRET_BYTES]) -> LessSafeKey {
     LessSafeKey::new(UnboundKey::new(cipher.algorithm(), secret).expect("both ciphers have keys of 32 bytes"))
 }
 
-/// Keys are never shared by tunnels or directions, so the number alone makes it unique.
+/// Keys are never shared by tunnels or directions, so the number alone makes it unique; the key's name is there for the
+/// case that a secret ever had two.
 #[inline]
-fn nonce(sequence: u64) -> Nonce {
+fn nonce(key: KeyId, sequence: u64) -> Nonce {
     let mut nonce = [0; NONCE_LEN];
+    nonce[..2].copy_from_slice(&key.0.to_be_bytes());
     nonce[NONCE_LEN - 8..].copy_from_slice(&sequence.to_be_bytes());
     Nonce::assume_unique_for_key(nonce)
 }

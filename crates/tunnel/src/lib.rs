@@ -8,10 +8,10 @@
 //! # Who is kept out, and how
 //!
 //! Frame, colour, network and number of a packet are authenticated; the frame is encrypted too, the headers stay readable
-//! (they are AEAD's associated data), so that a dissector shows sane Geneve. The nonce is the packet's number. A host without
-//! the key can neither make a packet that opens, nor change one, nor read it; a packet that comes twice is dropped by
-//! its number; one that was made for another network of another tunnel has another key. What opens, but names a network
-//! that this tunnel does not carry, is dropped too.
+//! (they are AEAD's associated data), so that a dissector shows sane Geneve. The nonce is the key's name and the packet's
+//! number. A host without the key can neither make a packet that opens, nor change one, nor read the frame; a packet that
+//! comes twice is dropped by its number; one that was made for another tunnel has another key. What opens, but names a
+//! network that this tunnel does not carry, is dropped too. What is not hidden: lengths, times, networks' numbers, epochs.
 //!
 //! # Keys
 //!
@@ -33,10 +33,17 @@
 //!
 //! # Choices
 //!
-//! *ring*: the AEADs and nothing else is needed; it is what rustls can use as well, and builds without further tools.
+//! *ring*: the AEADs and nothing else is needed; rustls can use it as well, and it builds with a C compiler alone.
 //! AES-256-GCM where both processors have AES instructions, else ChaCha20-Poly1305. *Own system calls* rather than quinn-udp:
 //! that sends one train of equal packets to one address by one call; a switch's traffic mixes lengths and peers, so here one
 //! `sendmmsg` takes many trains, each with its own UDP_SEGMENT.
+//!
+//! # For the event loop
+//!
+//! Tell tunnels apart by the address that packets come from: a forged one only gets as far as [`OpenError`]. Bound how often
+//! [`TunnelSocket::receive`] is called in a row: whoever floods the socket must not keep machines from being served. Fill a
+//! [`SendBatch`] only while [`SendBatch::has_room`], and leave frames in the switch's bounded queue when
+//! [`Sent::would_block`].
 
 mod counters;
 mod key;
