@@ -9,11 +9,14 @@
 //!
 //! [`Switch::restart_peer`]: diorama_switch::Switch::restart_peer
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use diorama_cut::report::{Channel, ChannelCount, NetworkId};
 use diorama_cut::{CutId, ParticipantId};
-use diorama_switch::{Epoch, Time};
+use diorama_switch::{
+    Epoch, Time,
+    arrivals::{Arrival, Arrivals},
+};
 
 use crate::{host::Host, scenario::Sabotage};
 
@@ -49,9 +52,8 @@ pub struct Tunnels {
 #[derive(Debug, Default)]
 struct Way {
     next: u64,
-    /// All below have come, or may have.
-    low: u64,
-    above: BTreeSet<u64>,
+    /// The shipped replay window.
+    arrivals: Arrivals,
 }
 
 impl Tunnels {
@@ -109,7 +111,9 @@ impl Tunnels {
     ) -> bool {
         let pair = (packet.from.min(packet.to), packet.from.max(packet.to));
         let way = self.ways.entry((packet.from, packet.to)).or_default();
-        if self.sessions.get(&pair) != Some(&packet.session) || !way.first_time(packet.sequence) {
+        if self.sessions.get(&pair) != Some(&packet.session)
+            || way.arrivals.accept(packet.sequence) != Arrival::New
+        {
             self.refused += 1;
             return false;
         }
@@ -120,22 +124,6 @@ impl Tunnels {
             _ => packet.colour,
         };
         host.switch.remote_ingress(peer, network, colour, &packet.frame, now)
-    }
-}
-
-impl Way {
-    fn first_time(&mut self, sequence: u64) -> bool {
-        if sequence < self.low || !self.above.insert(sequence) {
-            return false;
-        }
-        while self.above.remove(&self.low) {
-            self.low += 1;
-        }
-        // As wide as a real window is: what is older is refused, seen or not.
-        while self.above.len() > 4096 {
-            self.low = self.above.pop_first().unwrap_or(self.low) + 1;
-        }
-        true
     }
 }
 

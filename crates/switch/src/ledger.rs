@@ -484,6 +484,31 @@ mod tests {
     }
 
     #[test]
+    fn folding_keeps_what_channels_counted() {
+        let mut ledger = Ledger::new(Epoch(0));
+        let channels = [ledger.add_channel(), ledger.add_channel()];
+        for colour in [0, 9, 3, 12, 6, 15, 18, 21, 24, 27, 30, 33] {
+            for n in 0..=u64::from(colour) {
+                ledger.owe(Epoch(colour), 1);
+                ledger.pass_on(channels[(n % 2) as usize], Epoch(colour));
+                assert!(ledger.arrive(channels[0], Epoch(colour)));
+            }
+        }
+        let total: u64 = (0..12).map(|n| 3 * n + 1).sum();
+        assert_eq!((ledger.total_passed_on(), ledger.total_arrived()), (total, total));
+        let counts = channels.map(|channel| ledger.channel(channel, Epoch(34)).unwrap());
+        assert_eq!(
+            (counts[0].sent + counts[1].sent, counts[0].received, counts[1].received),
+            (total, total, 0)
+        );
+        assert_eq!(ledger.channel(channels[0], Epoch(31)).unwrap().received, total - 34);
+        assert_eq!(ledger.channel(channels[0], Epoch(3)), None);
+        ledger.restart_channel(channels[0]);
+        ledger.restart_channel(channels[1]);
+        assert_eq!(ledger.total_owed(), 0);
+    }
+
+    #[test]
     fn a_recorded_copy_is_in_flight_whatever_becomes_of_it() {
         let mut ledger = Ledger::new(Epoch(0));
         ledger.recorded = RecordedCopies { serial: 9, cut: Epoch(1), copies: 3, ..Default::default() };

@@ -72,7 +72,9 @@
 //! table), and link-local multicast (LLDP, STP, LACP) is flooded like any other, because guests that emulate switches
 //! want to see each other's.
 
+pub mod arrivals;
 mod counters;
+pub mod geneve;
 mod ledger;
 mod mac_table;
 mod peer;

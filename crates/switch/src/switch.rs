@@ -483,7 +483,8 @@ impl Switch {
 
     /// The frame conservation of a network at a cut, cumulative over this switch's life. Walks the network's queues.
     ///
-    /// None for a cut before the latest that was recorded (its recorded copies are not remembered), for the beginning,
+    /// None for a cut before the latest that was recorded (its recorded copies are not remembered) or for which a channel
+    /// was closed, for the beginning,
     /// and for one so old that its colour is not told apart any more: ask when a cut's recording stops.
     pub fn accounting(&self, network: NetworkId, cut: Epoch) -> Option<Accounting> {
         let network = &self.networks[usize::from(network.0)];

@@ -165,7 +165,8 @@ impl Switch {
     /// loss in this network's accounts, and are not let in should they come after all: what a snapshot says is lost
     /// stays lost.
     ///
-    /// To be called when the recording of that cut stops, with final counts. Returns how many are lost; None, and nothing
+    /// To be called when the recording of that cut stops, with final counts: `sent` is the number received that the protocol
+    /// was told last, and what it says is missing. (Not what is missing alone: a frame may have come since.) Returns how many are lost; None, and nothing
     /// is changed, for a channel that does not exist, a cut too old, and a cut older than the one it was closed for last.
     pub fn close_channel(&mut self, peer: PeerId, network: NetworkId, cut: Epoch, sent: u64) -> Option<u64> {
         let network = &mut self.networks[usize::from(network.0)];
