@@ -26,8 +26,9 @@ use crate::{
     retry::Retry,
 };
 
-/// How often participants may ask for a higher epoch within one attempt. Each honest one needs it once.
-const MAX_EPOCH_RAISES: u32 = MAX_PARTICIPANTS as u32;
+/// How often participants may ask for a higher epoch within one attempt. One that knows the highest epoch is enough, so
+/// more than a few means that somebody raises it for ever; each raise asks everybody again.
+const MAX_EPOCH_RAISES: u32 = 64;
 
 /// How a snapshot is to be taken.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -42,7 +43,8 @@ pub struct Config {
     pub in_flight_deadline: Duration,
     /// The wait before an unanswered request is sent again; later ones double, up to eight of it.
     pub retry: Duration,
-    /// The time to wait for everybody's answer to the decision. Who has not answered by then asks later.
+    /// The time to wait for everybody's answer to the decision. Who has not answered by then asks later. A longer one than
+    /// any cut takes means to wait for a lost peer for ever.
     pub settle_deadline: Duration,
 }
 
@@ -285,8 +287,8 @@ impl Initiator {
             }
             Input::Cancel => self.abort(AbortReason::Cancelled, now, &mut out),
             Input::PeerLost { peer } => {
-                // Who has reported is not needed any more.
-                if self.missing().contains(&peer) {
+                // Who has reported is not needed any more. Who has only answered the present step is.
+                if self.needs(peer) {
                     self.abort(AbortReason::ParticipantLost { participant: peer }, now, &mut out);
                 }
             }
@@ -337,8 +339,10 @@ impl Initiator {
                 _ => None,
             };
             out.push(Output::Rejected { from, violation });
+            // About another cut it may be a late word of a process that has been replaced since.
             if let Some(speaks) = version
-                && self.missing().contains(&from)
+                && self.active() == Some(message.cut)
+                && self.needs(from)
             {
                 let reason = FailReason::UnsupportedVersion { got: PROTOCOL_VERSION, speaks };
                 self.abort(AbortReason::Participant { participant: from, reason }, now, out);
@@ -436,7 +440,7 @@ impl Initiator {
             }
             // It restarted in doubt: ask for its report, to learn whether it still has one.
             (Body::Query, Step::Collecting { taken, reports }) if !reports.contains_key(&from) => {
-                let incoming = expected_by(from, taken);
+                let incoming = expected(taken).remove(&from).unwrap_or_default();
                 let message = Message::new(round.cut, Body::Expect { incoming });
                 out.push(Output::Send { to: from, message });
             }
@@ -559,9 +563,17 @@ impl Initiator {
     /// Sends the current request to everybody who has not answered it.
     fn request(&self, out: &mut Vec<Output>) {
         let (State::Undecided { round, .. } | State::Deciding { round, .. }) = &self.state else { return };
+        // For all at once: with many hosts, looking through all counts for each of them would take its time.
+        let mut incoming = match &self.state {
+            State::Undecided { step: Step::Collecting { taken, .. }, .. } => expected(taken),
+            _ => BTreeMap::new(),
+        };
         for to in self.missing() {
             let message = match &self.state {
-                State::Undecided { step, .. } => Message::new(round.cut, step.request(round, to)),
+                State::Undecided { step, .. } => {
+                    let incoming = incoming.remove(&to).unwrap_or_default();
+                    Message::new(round.cut, step.request(round, incoming))
+                }
                 State::Deciding { outcome, .. } => verdict(round.cut, outcome),
                 State::Idle | State::Writing { .. } => return,
             };
@@ -579,21 +591,19 @@ impl Initiator {
         round.participants.iter().copied().filter(|id| !step.answered(*id)).collect()
     }
 
-    /// Whether the cut cannot succeed without this participant's further help.
+    /// Whether the cut cannot succeed without this peer's further help.
     fn needs(&self, id: ParticipantId) -> bool {
-        match &self.state {
-            State::Undecided { step: Step::Collecting { reports, .. }, .. } => !reports.contains_key(&id),
-            State::Undecided { .. } => true,
-            State::Idle | State::Writing { .. } | State::Deciding { .. } => false,
-        }
+        let State::Undecided { round, step } = &self.state else { return false };
+        let reported = matches!(step, Step::Collecting { reports, .. } if reports.contains_key(&id));
+        round.participants.contains(&id) && !reported
     }
 
     fn assert_invariants(&self) {
         if let Some(cut) = self.active() {
             assert!(cut.epoch <= self.floor, "epoch {} proposed above floor {}", cut.epoch, self.floor);
         }
-        if let State::Undecided { .. } = &self.state {
-            assert!(!self.missing().is_empty(), "a step with no answer missing is over");
+        if let State::Undecided { round, step } = &self.state {
+            assert!(step.answers() < round.participants.len(), "a step with no answer missing is over");
         }
     }
 }
@@ -615,7 +625,15 @@ impl Step {
         }
     }
 
-    fn request(&self, round: &Round, to: ParticipantId) -> Body {
+    fn answers(&self) -> usize {
+        match self {
+            Self::Preparing { prepared, .. } => prepared.len(),
+            Self::Taking { taken } => taken.len(),
+            Self::Collecting { reports, .. } => reports.len(),
+        }
+    }
+
+    fn request(&self, round: &Round, incoming: Vec<ChannelCount>) -> Body {
         match self {
             Self::Preparing { .. } => Body::Prepare(Prepare {
                 capture: round.config.capture,
@@ -625,20 +643,22 @@ impl Step {
                 in_flight_deadline_ms: whole_ms(round.config.in_flight_deadline),
             }),
             Self::Taking { .. } => Body::Take,
-            Self::Collecting { taken, .. } => Body::Expect { incoming: expected_by(to, taken) },
+            Self::Collecting { .. } => Body::Expect { incoming },
         }
     }
 }
 
-/// What everybody sent to `receiver`, seen from there.
-fn expected_by(receiver: ParticipantId, taken: &BTreeMap<ParticipantId, Taken>) -> Vec<ChannelCount> {
-    let sent = taken.iter().flat_map(|(&sender, taken)| taken.sent.iter().map(move |count| (sender, count)));
-    sent.filter(|(_, count)| count.channel.peer == receiver)
-        .map(|(sender, count)| {
-            let channel = Channel { peer: sender, network: count.channel.network };
-            ChannelCount { channel, copies: count.copies }
-        })
-        .collect()
+/// What everybody sent to each receiver, seen from there. Sorted as a message must be: senders come in order, and each
+/// one's counts to the same receiver, by network.
+fn expected(taken: &BTreeMap<ParticipantId, Taken>) -> BTreeMap<ParticipantId, Vec<ChannelCount>> {
+    let mut incoming = BTreeMap::<_, Vec<_>>::new();
+    for (&sender, taken) in taken {
+        for &ChannelCount { channel, copies } in &taken.sent {
+            let seen_from_there = Channel { peer: sender, network: channel.network };
+            incoming.entry(channel.peer).or_default().push(ChannelCount { channel: seen_from_there, copies });
+        }
+    }
+    incoming
 }
 
 fn verdict(cut: CutId, outcome: &Outcome) -> Message {

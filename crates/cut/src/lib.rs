@@ -59,6 +59,10 @@
 //! - A participant's epoch survives a crash of its process (it stands with the ports).
 //! - `CaptureDone` and `RecordingStopped` mean *durable*: when both were fed, a process that crashes and
 //!   comes back starts with [`Participant::recover`], not with [`Participant::new`].
+//! - Two hosts count the same frames. When one has lost its counts, as by its agent's death, both begin them anew
+//!   together, in a new session of their tunnel, into which no earlier frame is let. A host answers `Prepared` only once it
+//!   has a session with every host that it shares a network with; and a host begins none while it records, because the
+//!   counts that the cut's accounts are made of would change. Otherwise accounts of hosts do not add up.
 //! - `ManifestWritten` and `ManifestFailed` are certain: after `ManifestFailed` (or after a restart, when
 //!   [`initiator::Output::LookUpOutcome`] is answered) no earlier write of that manifest can still succeed.
 

@@ -12,14 +12,15 @@ use crate::report::{ChannelCount, Report, Taken};
 
 /// The version that this code speaks.
 pub const PROTOCOL_VERSION: u16 = 1;
-/// Hosts of one environment. Each sends to all others, so lists grow with its square.
-pub const MAX_PARTICIPANTS: usize = 64;
+/// Hosts of one environment. What the simulator has been run with; lists of all hosts, which go to all hosts, then take
+/// some megabytes in all.
+pub const MAX_PARTICIPANTS: usize = 1024;
 /// Machines on one host: well above what its memory can hold.
 pub const MAX_MACHINES: usize = 1024;
 /// Networks of one environment.
 pub const MAX_NETWORKS: usize = 256;
-/// Channels of one participant.
-pub const MAX_CHANNELS: usize = MAX_PARTICIPANTS * MAX_NETWORKS;
+/// Channels of one participant that have carried a frame: to every host in sixteen networks, or in all networks to 64.
+pub const MAX_CHANNELS: usize = 1 << 14;
 /// A machine's name, in bytes.
 pub const MAX_NAME_BYTES: usize = 128;
 /// Text that tells of a failure, in bytes.

@@ -110,6 +110,39 @@ pub struct PortCounters {
     pub longest_wait_ns: u64,
 }
 
+/// What has passed between this host and one other. "Sent" and "received" are this host's view.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PeerCounters {
+    /// Frames passed on to the peer: queued for its tunnel.
+    pub sent_frames: u64,
+    /// Their bytes.
+    pub sent_bytes: u64,
+    /// Frames that were queued and then given up: the peer was disconnected, or started anew.
+    pub abandoned_frames: u64,
+    /// Copies owed to the peer that were not passed on.
+    pub dropped: Dropped,
+    /// Frames that arrived from the peer and were let in.
+    pub received_frames: u64,
+    /// Their bytes.
+    pub received_bytes: u64,
+    /// Frames from the peer that came after they had been declared lost. They were not let in.
+    pub late_frames: u64,
+    /// Frames from the peer of networks that it has no port in, or that this host does not know. They were not let in.
+    pub foreign_frames: u64,
+    /// Frames from the peer too short or too long for their network. They were not let in.
+    pub invalid_frames: u64,
+    /// Source addresses behind this peer that were not learned because a bound was reached.
+    pub unlearned: u64,
+    /// Frames that wait now.
+    pub queued_frames: u64,
+    /// Their bytes, with 4 for each frame's length.
+    pub queued_bytes: u64,
+    /// The most bytes that ever waited.
+    pub peak_queued_bytes: u64,
+    /// The longest that a frame had waited for the tunnel, in nanoseconds.
+    pub longest_wait_ns: u64,
+}
+
 /// What one network has carried.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NetworkCounters {
@@ -123,10 +156,14 @@ pub struct NetworkCounters {
     pub owed: u64,
     /// Copies delivered.
     pub delivered: u64,
-    /// Copies dropped.
+    /// Copies dropped; and as `wire_loss`, frames from other hosts that were found lost, which were never owed here.
     pub dropped: Dropped,
     /// Copies that wait now.
     pub queued: u64,
+    /// Copies passed on to other hosts. All that is owed is delivered, dropped, queued or passed on.
+    pub passed_on: u64,
+    /// Frames that arrived from other hosts; the copies made of them are in `owed`.
+    pub arrived: u64,
     /// Addresses in the MAC table, aged ones included until their place is needed.
     pub learned: u64,
 }

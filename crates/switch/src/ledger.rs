@@ -3,6 +3,12 @@
 //! Owns counters only, each counted where its event happens. None is the remainder of others: what is queued is not
 //! even counted here, but found by walking the queues. So a lost copy shows as `unaccounted`.
 //!
+//! Between hosts, the unit is one frame on the wire. A sender's host owes one copy to each host that shall replicate the
+//! frame; that copy's fate is to be dropped, or to be *passed on*. A receiver's host owes as many copies as it makes of a
+//! frame that *arrived*. The arrived copy has been counted as sent by its sender's host already, so `sent_before` is what
+//! is owed here less what arrived. Per host, `owed = delivered + dropped + waiting + passed on`; summed over all hosts,
+//! what was passed on and did not arrive is what the wire lost, which receivers learn from senders and state as such.
+//!
 //! Only the newest [`COLOURS`] colours are told apart; older ones are folded into the oldest. That bounds the memory,
 //! and the price is that a cut as old as a folded colour cannot be balanced any more.
 //!
@@ -25,10 +31,12 @@ const COLOURS: usize = 8;
 
 /// The frame conservation of one network at one cut, in copies per receiver.
 ///
-/// Sums of several networks, or of several hosts' parts of one network, balance as well: add them.
+/// Sums of several networks balance as well: add them. A network that spans hosts balances when all hosts' parts are
+/// added: [`Accounting::unaccounted`] of the sum. Each part for itself has [`Accounting::unaccounted_here`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Accounting {
-    /// Copies owed by senders that had not been cut.
+    /// Copies owed by senders that had not been cut. A frame for several machines of another host is one copy where it
+    /// is sent, and what replicating it adds where it arrives.
     pub sent_before: u64,
     /// Copies delivered to receivers that had not been cut.
     pub delivered_before: u64,
@@ -42,13 +50,25 @@ pub struct Accounting {
     /// Copies that crossed the cut forwards without being recorded, because nothing recorded or the recording was full.
     /// A snapshot of this cut would lack them, so they are part of what is unaccounted.
     pub unrecorded: u64,
+    /// Frames passed on to other hosts by senders that had not been cut. No part of [`Accounting::unaccounted`].
+    pub passed_on: u64,
+    /// Frames that arrived from other hosts, of senders that had not been cut. No part of [`Accounting::unaccounted`].
+    pub arrived: u64,
 }
 
 impl Accounting {
-    /// Copies without a known fate. Not 0: the snapshot would lose frames (or, below 0, deliver some twice).
+    /// Copies without a known fate. Not 0: the snapshot would lose frames (or, below 0, deliver some twice). For a
+    /// network that spans hosts this says something only of all hosts' sum.
     pub fn unaccounted(&self) -> i64 {
         let known = self.delivered_before + self.in_flight + self.dropped.total() + self.pending;
         self.sent_before.wrapping_sub(known) as i64
+    }
+
+    /// Copies without a known fate on this host, whatever happened between hosts. 0 on every host, or there is a defect
+    /// there (or, as above, something crossed the cut unrecorded).
+    pub fn unaccounted_here(&self) -> i64 {
+        let received_or_lost = (self.arrived + self.dropped.wire_loss) as i64;
+        self.unaccounted().wrapping_add(received_or_lost).wrapping_sub(self.passed_on as i64)
     }
 }
 
@@ -63,6 +83,8 @@ impl Add for Accounting {
             dropped: self.dropped + other.dropped,
             pending: self.pending + other.pending,
             unrecorded: self.unrecorded + other.unrecorded,
+            passed_on: self.passed_on + other.passed_on,
+            arrived: self.arrived + other.arrived,
         }
     }
 }
@@ -90,6 +112,29 @@ pub(crate) struct RecordedCopies {
     pub(crate) dropped: Dropped,
 }
 
+/// One network's frames between this host and one other, as one cut divides them. Cumulative over the switch's life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ChannelCounts {
+    /// Frames passed on to the peer whose colour is older than the cut. Final once every port has passed the cut.
+    pub sent: u64,
+    /// Frames that arrived from the peer whose colour is older than the cut.
+    pub received: u64,
+    /// Frames from the peer that were found lost when the channel was last closed; they are not in `received` and never
+    /// will be.
+    pub lost: u64,
+}
+
+/// One network's frames between this host and one other, by colour.
+#[derive(Clone, Copy, Debug, Default)]
+struct Channel {
+    passed_on: [u64; COLOURS],
+    arrived: [u64; COLOURS],
+    /// What of the colours below `closed` had not come when that cut was over.
+    lost: u64,
+    /// No frame of a colour below this is let in any more.
+    closed: Epoch,
+}
+
 #[derive(Debug)]
 pub(crate) struct Ledger {
     colours: [Epoch; COLOURS],
@@ -100,6 +145,8 @@ pub(crate) struct Ledger {
     delivered: [[u64; COLOURS]; COLOURS],
     /// By reason and sender's colour.
     dropped: [[u64; COLOURS]; DropReason::COUNT],
+    /// By channel, as [`Ledger::add_channel`] numbers them.
+    channels: Vec<Channel>,
     /// The latest recording's, kept after its end.
     pub(crate) recorded: RecordedCopies,
 }
@@ -114,6 +161,7 @@ impl Ledger {
             owed: [0; COLOURS],
             delivered: [[0; COLOURS]; COLOURS],
             dropped: [[0; COLOURS]; DropReason::COUNT],
+            channels: Vec::new(),
             recorded: RecordedCopies::default(),
         };
         if let Some(before) = epoch.0.checked_sub(1) {
@@ -148,6 +196,62 @@ impl Ledger {
         }
     }
 
+    /// The books of frames between this host and one more; returns their number.
+    pub(crate) fn add_channel(&mut self) -> usize {
+        self.channels.push(Channel::default());
+        self.channels.len() - 1
+    }
+
+    /// An owed copy was passed on to another host.
+    #[inline]
+    pub(crate) fn pass_on(&mut self, channel: usize, colour: Epoch) {
+        let slot = self.slot(colour);
+        self.channels[channel].passed_on[slot] += 1;
+    }
+
+    /// A frame came from another host, unless it comes after its channel was closed for its colour.
+    #[inline]
+    pub(crate) fn arrive(&mut self, channel: usize, colour: Epoch) -> bool {
+        if colour < self.channels[channel].closed {
+            return false;
+        }
+        let slot = self.slot(colour);
+        self.channels[channel].arrived[slot] += 1;
+        true
+    }
+
+    /// What `cut` divides of a channel; None if its colours have been folded.
+    pub(crate) fn channel(&self, channel: usize, cut: Epoch) -> Option<ChannelCounts> {
+        let before = self.slots_before(cut)?;
+        let Channel { passed_on, arrived, lost, .. } = &self.channels[channel];
+        Some(ChannelCounts {
+            sent: passed_on[..before].iter().sum(),
+            received: arrived[..before].iter().sum(),
+            lost: *lost,
+        })
+    }
+
+    /// What of `sent` frames of colours below `cut` has not come is lost from now on.
+    pub(crate) fn close_channel(&mut self, channel: usize, cut: Epoch, sent: u64) -> Option<u64> {
+        let ChannelCounts { received, .. } = self.channel(channel, cut)?;
+        let channel = &mut self.channels[channel];
+        if cut < channel.closed {
+            return None;
+        }
+        channel.closed = cut;
+        channel.lost = sent.saturating_sub(received);
+        Some(channel.lost)
+    }
+
+    /// Begins the channel's counts anew: what was passed on is struck from the books, and what arrived is from now on as
+    /// if it had been sent here.
+    pub(crate) fn restart_channel(&mut self, channel: usize) {
+        let Channel { passed_on, .. } = std::mem::take(&mut self.channels[channel]);
+        for (owed, struck) in self.owed.iter_mut().zip(passed_on) {
+            *owed -= struck;
+        }
+    }
+
     /// The books at `cut`, or None if its colours have been folded. `queued` gives colour and `recorded_in` of every
     /// copy that waits.
     pub(crate) fn accounting(
@@ -155,10 +259,10 @@ impl Ledger {
         cut: Epoch,
         queued: impl Iterator<Item = (Epoch, u32)>,
     ) -> Option<Accounting> {
-        if cut <= self.colours[0] {
+        let before = self.slots_before(cut)?;
+        if self.channels.iter().any(|channel| cut < channel.closed) {
             return None;
         }
-        let before = self.colours[..self.used].partition_point(|&colour| colour < cut);
         let crossed: u64 = self.delivered[..before].iter().flat_map(|row| &row[before..self.used]).sum();
         let recorded = if self.recorded.cut == cut { self.recorded } else { RecordedCopies::default() };
 
@@ -166,15 +270,24 @@ impl Ledger {
         for (sum, by_colour) in dropped.iter_mut().zip(&self.dropped) {
             *sum = by_colour[..before].iter().sum();
         }
+        let mut dropped = Dropped::from_counts(dropped);
+        let (mut passed_on, mut arrived) = (0, 0);
+        for channel in &self.channels {
+            passed_on += channel.passed_on[..before].iter().sum::<u64>();
+            arrived += channel.arrived[..before].iter().sum::<u64>();
+            dropped.wire_loss += channel.lost;
+        }
         let holds = |recorded_in: u32| recorded.serial != 0 && recorded_in == recorded.serial;
         Some(Accounting {
-            sent_before: self.owed[..before].iter().sum(),
+            sent_before: self.owed[..before].iter().sum::<u64>() - arrived,
             delivered_before: self.delivered[..before].iter().flat_map(|row| &row[..before]).sum(),
             in_flight: recorded.copies,
-            dropped: without(Dropped::from_counts(dropped), recorded.dropped),
+            dropped: without(dropped, recorded.dropped),
             pending: queued.filter(|&(colour, recorded_in)| colour < cut && !holds(recorded_in)).count()
                 as u64,
             unrecorded: crossed - recorded.delivered,
+            passed_on,
+            arrived,
         })
     }
 
@@ -186,8 +299,24 @@ impl Ledger {
         self.delivered.iter().flatten().sum()
     }
 
+    pub(crate) fn total_passed_on(&self) -> u64 {
+        self.channels.iter().flat_map(|channel| channel.passed_on).sum()
+    }
+
+    pub(crate) fn total_arrived(&self) -> u64 {
+        self.channels.iter().flat_map(|channel| channel.arrived).sum()
+    }
+
     pub(crate) fn total_dropped(&self) -> Dropped {
-        Dropped::from_counts(self.dropped.map(|by_colour| by_colour.iter().sum()))
+        let mut dropped = Dropped::from_counts(self.dropped.map(|by_colour| by_colour.iter().sum()));
+        dropped.wire_loss += self.channels.iter().map(|channel| channel.lost).sum::<u64>();
+        dropped
+    }
+
+    /// How many slots are older than `cut`; None if that is not told apart any more.
+    fn slots_before(&self, cut: Epoch) -> Option<usize> {
+        let before = self.colours[..self.used].partition_point(|&colour| colour < cut);
+        (cut > self.colours[0]).then_some(before)
     }
 
     #[inline]
@@ -234,6 +363,10 @@ impl Ledger {
         for row in self.delivered.iter_mut().chain(&mut self.dropped) {
             insert(row, at, 0);
         }
+        for channel in &mut self.channels {
+            insert(&mut channel.passed_on, at, 0);
+            insert(&mut channel.arrived, at, 0);
+        }
         self.used += 1;
     }
 
@@ -248,6 +381,10 @@ impl Ledger {
         }
         for row in self.delivered.iter_mut().chain(&mut self.dropped) {
             row[0] += remove(row, 1);
+        }
+        for channel in &mut self.channels {
+            channel.passed_on[0] += remove(&mut channel.passed_on, 1);
+            channel.arrived[0] += remove(&mut channel.arrived, 1);
         }
         self.used -= 1;
     }
@@ -344,6 +481,31 @@ mod tests {
                 "cut {cut}"
             );
         }
+    }
+
+    #[test]
+    fn folding_keeps_what_channels_counted() {
+        let mut ledger = Ledger::new(Epoch(0));
+        let channels = [ledger.add_channel(), ledger.add_channel()];
+        for colour in [0, 9, 3, 12, 6, 15, 18, 21, 24, 27, 30, 33] {
+            for n in 0..=u64::from(colour) {
+                ledger.owe(Epoch(colour), 1);
+                ledger.pass_on(channels[(n % 2) as usize], Epoch(colour));
+                assert!(ledger.arrive(channels[0], Epoch(colour)));
+            }
+        }
+        let total: u64 = (0..12).map(|n| 3 * n + 1).sum();
+        assert_eq!((ledger.total_passed_on(), ledger.total_arrived()), (total, total));
+        let counts = channels.map(|channel| ledger.channel(channel, Epoch(34)).unwrap());
+        assert_eq!(
+            (counts[0].sent + counts[1].sent, counts[0].received, counts[1].received),
+            (total, total, 0)
+        );
+        assert_eq!(ledger.channel(channels[0], Epoch(31)).unwrap().received, total - 34);
+        assert_eq!(ledger.channel(channels[0], Epoch(3)), None);
+        ledger.restart_channel(channels[0]);
+        ledger.restart_channel(channels[1]);
+        assert_eq!(ledger.total_owed(), 0);
     }
 
     #[test]

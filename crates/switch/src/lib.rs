@@ -11,11 +11,23 @@
 //!    do the same again once it is writable; the port need not become dirty for that.
 //! 3. Until [`Switch::pop_cut_wanted`] is empty: tell the snapshot participant that a newer colour waits there.
 //!
+//! Where the environment spans hosts, each of the others is a *peer*, and also:
+//!
+//! 4. Open each tunnel packet from a peer and call [`Switch::remote_ingress`], each frame at most once.
+//! 5. Until [`Switch::pop_dirty_peer`] is empty: hand [`Switch::outgoing`] of that peer to its tunnel, then call
+//!    [`Switch::outgoing_taken`], until nothing is outgoing or the tunnel is full.
+//!
 //! One machine's cut is, for each of its ports: [`hold`](Switch::hold) with [`Hold::Cut`], drain, stop the machine, feed
 //! what it still sent, [`advance_epoch`](Switch::advance_epoch) (the cut instant), save, [`release`](Switch::release).
 //! Around the cuts of all machines stand [`start_recording`](Switch::start_recording) and
 //! [`stop_recording`](Switch::stop_recording). After an aborted cut, the ports that have not passed it must be
 //! advanced too (hold, advance, release, without a save), or frames of the new colour wait for ever before them.
+//!
+//! Across hosts, the counting of the protocol is: once all ports have passed the cut, [`Switch::channel`] tells for each
+//! peer and network the final number of older frames passed on to it; while recording, the number received from it; and
+//! when the recording stops, [`Switch::close_channel`] is told the peer's number. Then take [`Switch::accounting`].
+//! The unit is one frame on the wire, whatever it is replicated to; `ledger` says why the books of all hosts together
+//! balance with it.
 //!
 //! # The rule
 //!
@@ -30,9 +42,10 @@
 //! # One copy's life
 //!
 //! ```text
-//!  ingress / inject
+//!  ingress / remote_ingress / inject
 //!        | owed
 //!        +--> dropped (no_receiver, queue_full, cut_drop)
+//!        +--> passed on to a peer, whose switch owes its own copies of what arrives there
 //!        v
 //!     queued --------------------> delivered (its last byte was written)
 //!        |                             ^
@@ -50,7 +63,8 @@
 //! - Frames leave a port in the order in which they were queued; a frame once begun is finished before anything else,
 //!   held or not (or else the stream to the machine would lose its framing), unless the port is disconnected.
 //! - A port's ring holds exactly the encoded bytes of its queued frames, less what was written of the first.
-//! - Every owed copy is exactly one of: queued, delivered, dropped.
+//! - Every owed copy is exactly one of: queued, delivered, dropped, passed on.
+//! - What came from a peer goes to no peer. A frame goes to a peer at most once.
 //! - Nothing here grows without a bound: queues, MAC tables, recordings, the ledger's colours.
 //! - No input from a machine panics. An id of another switch does: that is the program's mistake, not the machine's.
 //!
@@ -58,9 +72,12 @@
 //! table), and link-local multicast (LLDP, STP, LACP) is flooded like any other, because guests that emulate switches
 //! want to see each other's.
 
+pub mod arrivals;
 mod counters;
+pub mod geneve;
 mod ledger;
 mod mac_table;
+mod peer;
 mod port;
 mod queue;
 mod recorder;
@@ -70,8 +87,9 @@ mod switch;
 
 use std::fmt;
 
-pub use counters::{DropReason, Dropped, NetworkCounters, PortCounters};
-pub use ledger::Accounting;
+pub use counters::{DropReason, Dropped, NetworkCounters, PeerCounters, PortCounters};
+pub use ledger::{Accounting, ChannelCounts};
+pub use peer::Outgoing;
 pub use port::{EpochError, Hold};
 pub use recorder::{DEFAULT_RECORDING_BYTES, InFlight, Overflow, RecordedFrame, Recording, RecordingActive};
 pub use stream::{FrameReader, LENGTH_BYTES, MAX_STREAM_FRAME, StreamError, resync};
@@ -114,6 +132,16 @@ pub struct NetworkId(pub u16);
 /// One port of one [`Switch`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PortId(pub u32);
+
+/// Another host of the environment, as one [`Switch`] knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PeerId(pub u32);
+
+impl fmt::Display for PeerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "peer {}", self.0)
+    }
+}
 
 impl fmt::Display for NetworkId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

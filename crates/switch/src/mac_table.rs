@@ -1,7 +1,9 @@
-//! Which address was last seen at which of a network's ports. Open addressing, linear probing, keyed by a caller's seed.
+//! Which address was last seen at which of a network's ports, or at which other host. Open addressing, linear probing,
+//! keyed by a caller's seed.
 //!
 //! Owns the entries, their age and the bounds that keep one machine from filling the table for the others. Ports are
-//! numbered within their network here.
+//! numbered within their network here, and so are peers, with the same numbers: to the table a peer is a port with a
+//! larger bound.
 //!
 //! Invariants: at most half of the slots are used, so that probing ends; an address has one slot; `per_port[p]` is the
 //! number of slots of port p. Slots are only freed by a sweep, which rebuilds the table.
@@ -37,29 +39,31 @@ pub(crate) struct MacTable {
     slots: Box<[Slot]>,
     used: usize,
     per_port: Vec<u32>,
+    most_per_port: Vec<u32>,
     most: usize,
-    most_per_port: u32,
     keys: [u64; 2],
     next_sweep: Time,
     newest: Time,
 }
 
 impl MacTable {
-    pub(crate) fn new(most: usize, most_per_port: usize, seed: u64) -> Self {
+    pub(crate) fn new(most: usize, seed: u64) -> Self {
         Self {
             slots: vec![FREE; SMALLEST_SLOTS].into_boxed_slice(),
             used: 0,
             per_port: Vec::new(),
+            most_per_port: Vec::new(),
             most,
-            most_per_port: u32::try_from(most_per_port).unwrap_or(u32::MAX),
             keys: [mix(seed), mix(seed ^ u64::MAX) | 1],
             next_sweep: Time(0),
             newest: Time(0),
         }
     }
 
-    pub(crate) fn add_port(&mut self) {
+    /// The next number is a port that may have so many entries.
+    pub(crate) fn add_port(&mut self, most: usize) {
         self.per_port.push(0);
+        self.most_per_port.push(u32::try_from(most).unwrap_or(u32::MAX));
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -134,7 +138,8 @@ impl MacTable {
 
     fn has_room(&self, port: u32, moved: bool) -> bool {
         let count = self.per_port[port as usize];
-        count < ALWAYS_PER_PORT || (count < self.most_per_port && (moved || self.used < self.most))
+        count < ALWAYS_PER_PORT
+            || (count < self.most_per_port[port as usize] && (moved || self.used < self.most))
     }
 
     fn sweep(&mut self, now: Time) {
@@ -205,8 +210,8 @@ mod tests {
     }
 
     fn table(most: usize, most_per_port: usize, ports: usize) -> MacTable {
-        let mut table = MacTable::new(most, most_per_port, 7);
-        (0..ports).for_each(|_| table.add_port());
+        let mut table = MacTable::new(most, 7);
+        (0..ports).for_each(|_| table.add_port(most_per_port));
         table
     }
 

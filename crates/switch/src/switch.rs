@@ -7,12 +7,20 @@
 //! network but the sender's. Where that leaves nobody (no other port connected; the learned port not connected; the
 //! address learned at the sender's own port), one copy is owed to nobody and dropped as no_receiver, so that no frame
 //! vanishes from the books. Invalid frames (runts, giants) are counted at their port and owed to nobody.
+//!
+//! A network may have ports on other hosts, the peers. To a sender's switch a peer is one more receiver, of one copy,
+//! whether the frame is for one machine there or for all; the peer's switch owes what it makes of it to its own ports, by
+//! the same rules, and to no other peer (split horizon: all hosts of a network have tunnels to one another, so the sender's
+//! switch has served them already). An address learned at a peer that has no port in the network any more is unknown.
+
+mod peers;
 
 use crate::{
-    Epoch, FRAME_OVERHEAD, LENGTH_BYTES, MIN_FRAME, Mac, NetworkId, PortId, Time,
+    Epoch, FRAME_OVERHEAD, LENGTH_BYTES, MIN_FRAME, Mac, NetworkId, PeerId, PortId, Time,
     counters::{DropReason, NetworkCounters, PortCounters},
     ledger::{Accounting, Ledger, RecordedCopies},
     mac_table::MacTable,
+    peer::{Offer, Peer},
     port::{EpochError, Hold, Offered, Port, Shared},
     recorder::{DEFAULT_RECORDING_BYTES, InFlight, Recorder, Recording, RecordingActive},
 };
@@ -33,7 +41,8 @@ pub struct NetworkConfig {
     pub queue_bytes: usize,
     /// How many addresses the network learns; every port may learn a few (4) beyond.
     pub mac_entries: usize,
-    /// How many of them at one port, so that one machine cannot take them all.
+    /// How many of them at one port, so that one machine cannot take them all. (One peer, which stands for many machines,
+    /// may take half of all.)
     pub mac_entries_per_port: usize,
     /// Random, unknown to the machines: keeps them from choosing addresses that collide in the MAC table.
     pub mac_seed: u64,
@@ -106,15 +115,91 @@ pub enum LearnError {
         /// The address.
         mac: Mac,
     },
+    /// The peer has no port in the network.
+    #[error("{peer} has no port in {network}")]
+    NotAttached {
+        /// The network whose table was meant.
+        network: NetworkId,
+        /// The peer.
+        peer: PeerId,
+    },
+    /// The peer's or the network's bound is reached.
+    #[error("the MAC table of {network} has no room for {mac:02x?} at {peer}")]
+    FullAtPeer {
+        /// The network.
+        network: NetworkId,
+        /// The peer.
+        peer: PeerId,
+        /// The address.
+        mac: Mac,
+    },
+}
+
+/// Where an address can be: what the MAC table's numbers mean.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    Port(PortId),
+    /// An index of [`Network::members`].
+    Peer(usize),
+}
+
+/// A peer in one network. Its index is its channel's number in the ledger.
+#[derive(Debug)]
+struct Member {
+    peer: PeerId,
+    /// Its number in the MAC table.
+    place: u32,
+    /// Whether it has ports in the network now.
+    attached: bool,
 }
 
 #[derive(Debug)]
 struct Network {
     max_frame: usize,
     queue_bytes: usize,
+    mac_entries_per_port: usize,
+    mac_entries_per_peer: usize,
     ports: Vec<PortId>,
+    members: Vec<Member>,
+    /// By peer: its index among the members.
+    member_of: Vec<Option<usize>>,
+    places: Vec<Place>,
     macs: MacTable,
     ledger: Ledger,
+}
+
+impl Network {
+    fn member(&self, peer: PeerId) -> Option<usize> {
+        self.member_of.get(peer.0 as usize).copied().flatten()
+    }
+
+    /// Where an address was learned, unless it has aged or its host has no port here any more.
+    #[inline]
+    fn find(&self, destination: Mac, now: Time) -> Option<Place> {
+        if is_group(destination) {
+            return None;
+        }
+        match self.places[self.macs.lookup(destination, now)? as usize] {
+            Place::Peer(member) if !self.members[member].attached => None,
+            place => Some(place),
+        }
+    }
+}
+
+/// Gives a peer its one copy of a frame, which the caller owes it.
+#[inline]
+fn pass_on(
+    (peer, id, channel): (&mut Peer, PeerId, usize),
+    network: NetworkId,
+    offered: Offered<'_>,
+    ledger: &mut Ledger,
+    dirty: &mut Vec<PeerId>,
+) {
+    let Offered { frame, colour, now } = offered;
+    match peer.offer(id, (network, colour), frame, now, dirty) {
+        Offer::Queued => ledger.pass_on(channel, colour),
+        Offer::Dropped(reason) => ledger.drop(colour, reason, 0),
+    }
 }
 
 /// The switch of one environment on one host. See the crate's documentation for how to use it.
@@ -128,6 +213,9 @@ pub struct Switch {
     epoch: Epoch,
     networks: Vec<Network>,
     ports: Vec<Port>,
+    peers: Vec<Peer>,
+    /// Peers with `dirty` set, each once.
+    dirty_peers: Vec<PeerId>,
     shared: Shared,
     last_serial: u32,
     recording_limit: usize,
@@ -141,6 +229,8 @@ impl Switch {
             epoch,
             networks: Vec::new(),
             ports: Vec::new(),
+            peers: Vec::new(),
+            dirty_peers: Vec::new(),
             shared: Shared::default(),
             last_serial: REPLAYED,
             recording_limit: DEFAULT_RECORDING_BYTES,
@@ -169,8 +259,13 @@ impl Switch {
         self.networks.push(Network {
             max_frame: config.max_frame(),
             queue_bytes: config.rounded_queue_bytes(),
+            mac_entries_per_port: config.mac_entries_per_port,
+            mac_entries_per_peer: config.mac_entries_per_port.max(config.mac_entries / 2),
             ports: Vec::new(),
-            macs: MacTable::new(config.mac_entries, config.mac_entries_per_port, config.mac_seed),
+            members: Vec::new(),
+            member_of: Vec::new(),
+            places: Vec::new(),
+            macs: MacTable::new(config.mac_entries, config.mac_seed),
             ledger,
         });
         id
@@ -184,9 +279,10 @@ impl Switch {
     pub fn add_port(&mut self, network: NetworkId) -> PortId {
         let id = PortId(u32::try_from(self.ports.len()).expect("no more than 2^32 ports"));
         let owner = &mut self.networks[usize::from(network.0)];
-        self.ports.push(Port::new(id, network, owner.ports.len() as u32, self.epoch, owner.queue_bytes));
+        self.ports.push(Port::new(id, network, owner.places.len() as u32, self.epoch, owner.queue_bytes));
         owner.ports.push(id);
-        owner.macs.add_port();
+        owner.places.push(Place::Port(id));
+        owner.macs.add_port(owner.mac_entries_per_port);
         id
     }
 
@@ -199,40 +295,45 @@ impl Switch {
 
     /// One whole frame came from the port's machine, without its length prefix.
     pub fn ingress(&mut self, from: PortId, frame: &[u8], now: Time) {
-        let Self { networks, ports, shared, .. } = self;
+        let Self { networks, ports, peers, dirty_peers, shared, .. } = self;
         let sender = &mut ports[from.0 as usize];
-        let Network { max_frame, ports: members, macs, ledger, .. } =
-            &mut networks[usize::from(sender.network.0)];
+        let id = sender.network;
+        let network = &mut networks[usize::from(id.0)];
         let Some((destination, source)) = addresses(frame) else {
             sender.counters.runts += 1;
             return;
         };
-        if frame.len() > *max_frame {
+        if frame.len() > network.max_frame {
             sender.counters.giants += 1;
             return;
         }
         sender.counters.received_frames += 1;
         sender.counters.received_bytes += frame.len() as u64;
-        let local = sender.local;
-        if is_one_machines(source) && !macs.observe(source, local, now) {
+        if is_one_machines(source) && !network.macs.observe(source, sender.local, now) {
             sender.counters.unlearned += 1;
         }
 
         let offered = Offered { frame, colour: sender.epoch, now };
-        let learned = if is_group(destination) { None } else { macs.lookup(destination, now) };
-        let owed = match learned {
-            Some(at) if at == local => 0,
-            Some(at) => {
-                let receiver = &mut ports[members[at as usize].0 as usize];
+        let place = network.find(destination, now);
+        let Network { ports: receivers, members, ledger, .. } = network;
+        let owed = match place {
+            Some(Place::Port(at)) if at == from => 0,
+            Some(Place::Port(at)) => {
+                let receiver = &mut ports[at.0 as usize];
                 receiver.offer(offered, receiver.limit(), ledger, shared);
                 1
             }
+            Some(Place::Peer(at)) => {
+                let to = members[at].peer;
+                pass_on((&mut peers[to.0 as usize], to, at), id, offered, ledger, dirty_peers);
+                1
+            }
             None => {
-                let mut copies = 0;
-                for &member in members.iter().filter(|&&member| member != from) {
-                    let receiver = &mut ports[member.0 as usize];
-                    if receiver.connected {
-                        receiver.offer(offered, receiver.limit(), ledger, shared);
+                let mut copies = flood(receivers, Some(from), offered, ports, ledger, shared);
+                for (at, &Member { peer: to, attached, .. }) in members.iter().enumerate() {
+                    let peer = &mut peers[to.0 as usize];
+                    if attached && peer.connected {
+                        pass_on((peer, to, at), id, offered, ledger, dirty_peers);
                         copies += 1;
                     }
                 }
@@ -382,7 +483,8 @@ impl Switch {
 
     /// The frame conservation of a network at a cut, cumulative over this switch's life. Walks the network's queues.
     ///
-    /// None for a cut before the latest that was recorded (its recorded copies are not remembered), for the beginning,
+    /// None for a cut before the latest that was recorded (its recorded copies are not remembered) or for which a channel
+    /// was closed, for the beginning,
     /// and for one so old that its colour is not told apart any more: ask when a cut's recording stops.
     pub fn accounting(&self, network: NetworkId, cut: Epoch) -> Option<Accounting> {
         let network = &self.networks[usize::from(network.0)];
@@ -426,6 +528,8 @@ impl Switch {
             delivered: network.ledger.total_delivered(),
             dropped: network.ledger.total_dropped(),
             learned: network.macs.len() as u64,
+            passed_on: network.ledger.total_passed_on(),
+            arrived: network.ledger.total_arrived(),
             ..NetworkCounters::default()
         };
         for port in &network.ports {
@@ -438,10 +542,13 @@ impl Switch {
         counters
     }
 
-    /// Where the network's addresses are, aged ones left out; in no particular order.
+    /// Where the network's addresses on this host are, aged ones left out; in no particular order.
     pub fn learned(&self, network: NetworkId) -> impl Iterator<Item = (Mac, PortId)> + '_ {
         let network = &self.networks[usize::from(network.0)];
-        network.macs.entries().map(|(mac, local)| (mac, network.ports[local as usize]))
+        network.macs.entries().filter_map(|(mac, place)| match network.places[place as usize] {
+            Place::Port(port) => Some((mac, port)),
+            Place::Peer(_) => None,
+        })
     }
 
     /// Puts an address into a network's table as if it had been seen now: what a snapshot remembers.
@@ -475,7 +582,13 @@ impl Switch {
         for (index, network) in self.networks.iter().enumerate() {
             network.macs.assert_consistent();
             let c = self.network_counters(NetworkId(index as u16));
-            assert_eq!(c.owed, c.delivered + c.dropped.total() + c.queued, "a copy has no fate, or two");
+            let dropped = c.dropped.total() - c.dropped.wire_loss;
+            assert_eq!(c.owed, c.delivered + dropped + c.queued + c.passed_on, "a copy has no fate, or two");
+        }
+        for (index, peer) in self.peers.iter().enumerate() {
+            peer.assert_consistent();
+            let listed = self.dirty_peers.iter().filter(|id| id.0 as usize == index).count();
+            assert_eq!(listed, usize::from(peer.dirty), "dirty list and flag of a peer disagree");
         }
     }
 
@@ -484,6 +597,27 @@ impl Switch {
         let ledger = &mut self.networks[usize::from(port.network.0)].ledger;
         (port, ledger, &mut self.shared)
     }
+}
+
+/// Gives each connected port but the sender's a copy; returns how many that is.
+#[inline]
+fn flood(
+    receivers: &[PortId],
+    sender: Option<PortId>,
+    offered: Offered<'_>,
+    ports: &mut [Port],
+    ledger: &mut Ledger,
+    shared: &mut Shared,
+) -> u64 {
+    let mut copies = 0;
+    for &at in receivers.iter().filter(|&&at| Some(at) != sender) {
+        let receiver = &mut ports[at.0 as usize];
+        if receiver.connected {
+            receiver.offer(offered, receiver.limit(), ledger, shared);
+            copies += 1;
+        }
+    }
+    copies
 }
 
 /// Destination and source; None if there is not even an Ethernet header.

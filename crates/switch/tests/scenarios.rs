@@ -1,8 +1,8 @@
 //! What the switch does in single situations, through its public interface.
 
 use diorama_switch::{
-    CutWanted, Dropped, Epoch, EpochError, FrameReader, Hold, InFlight, InjectError, LearnError, Mac,
-    NetworkConfig, NetworkId, PortId, RecordingActive, Switch, Time,
+    Accounting, ChannelCounts, CutWanted, Dropped, Epoch, EpochError, FrameReader, Hold, InFlight,
+    InjectError, LearnError, Mac, NetworkConfig, NetworkId, PeerId, PortId, RecordingActive, Switch, Time,
 };
 
 const ALL: Mac = [0xff; 6];
@@ -277,4 +277,181 @@ fn refuses_what_a_damaged_snapshot_may_hold() {
     switch.inject(port, &frame(mac(1), mac(2), 60), Epoch(u32::MAX), Time(0)).unwrap();
     assert_eq!(drain(&mut switch, port, Time(0)), 0, "from a future cut");
     switch.assert_consistent();
+}
+
+/// Two hosts with a network of two ports each, and a machine's address on each port.
+struct Hosts {
+    switches: [Switch; 2],
+    network: NetworkId,
+    ports: [PortId; 2],
+    peer: PeerId,
+}
+
+impl Hosts {
+    fn new() -> Self {
+        let (a, network, ports) = lan(2);
+        let (b, ..) = lan(2);
+        let mut switches = [a, b];
+        let mut peer = PeerId(0);
+        for switch in &mut switches {
+            peer = switch.add_peer(0);
+            switch.set_peer_attached(peer, network, true);
+            switch.set_peer_connected(peer, true);
+        }
+        Self { switches, network, ports: [ports[0], ports[1]], peer }
+    }
+
+    /// What the tunnel would carry from a host, in order.
+    fn sent(&mut self, host: usize) -> Vec<(Epoch, Vec<u8>)> {
+        let switch = &mut self.switches[host];
+        let mut frames = Vec::new();
+        while let Some(outgoing) = switch.outgoing(self.peer) {
+            assert_eq!(outgoing.network, self.network);
+            frames.push((outgoing.colour, outgoing.bytes.concat()));
+            assert!(switch.outgoing_taken(self.peer, Time(9)));
+        }
+        frames
+    }
+
+    fn arrive(&mut self, host: usize, (colour, frame): &(Epoch, Vec<u8>), now: u64) -> bool {
+        let let_in = self.switches[host].remote_ingress(self.peer, self.network, *colour, frame, Time(now));
+        self.switches[host].assert_consistent();
+        let_in
+    }
+
+    fn drain_all(&mut self, host: usize) -> [usize; 2] {
+        self.ports.map(|port| drain(&mut self.switches[host], port, Time(9)))
+    }
+}
+
+#[test]
+fn a_flooded_frame_crosses_a_tunnel_once_and_never_goes_back() {
+    let mut hosts = Hosts::new();
+    hosts.switches[0].ingress(hosts.ports[0], &frame(ALL, mac(1), 60), Time(1));
+    let sent = hosts.sent(0);
+    assert_eq!(sent, [(Epoch(0), frame(ALL, mac(1), 60))]);
+    assert_eq!(hosts.drain_all(0), [0, 1]);
+    assert!(hosts.arrive(1, &sent[0], 2));
+    assert_eq!(hosts.drain_all(1), [1, 1]);
+    assert_eq!(hosts.sent(1), []);
+
+    // The answer finds its way, and no other host or port sees it.
+    hosts.switches[1].ingress(hosts.ports[1], &frame(mac(1), mac(4), 60), Time(3));
+    assert_eq!(hosts.drain_all(1), [0, 0]);
+    let sent = hosts.sent(1);
+    assert!(hosts.arrive(0, &sent[0], 4));
+    assert_eq!(hosts.drain_all(0), [1, 0]);
+    let learned: Vec<_> = hosts.switches[0].learned_at_peers(hosts.network).collect();
+    assert_eq!(learned, [(mac(4), hosts.peer)]);
+    assert_eq!(hosts.switches[0].learned(hosts.network).collect::<Vec<_>>(), [(mac(1), hosts.ports[0])]);
+
+    // A frame to a machine that is behind the tunnel it came from is nobody's here.
+    assert!(hosts.arrive(0, &(Epoch(0), frame(mac(4), mac(5), 60)), 5));
+    assert_eq!((hosts.drain_all(0), hosts.sent(0)), ([0, 0], vec![]));
+    assert_eq!(hosts.switches[0].network_counters(hosts.network).dropped.no_receiver, 1);
+}
+
+#[test]
+fn a_colour_from_another_host_is_held_recorded_and_wants_a_cut() {
+    let mut hosts = Hosts::new();
+    let [first, second] = hosts.ports;
+    let old = (Epoch(0), frame(ALL, mac(1), 60));
+    let new = (Epoch(1), frame(ALL, mac(1), 70));
+    let receiver = &mut hosts.switches[1];
+    receiver.start_recording(Epoch(1), InFlight::Record).unwrap();
+    cut(receiver, first, 1, 10);
+    assert!(hosts.arrive(1, &new, 12));
+    assert!(hosts.arrive(1, &old, 15));
+    let receiver = &mut hosts.switches[1];
+    assert_eq!(receiver.pop_cut_wanted(), Some(CutWanted { port: second, epoch: Epoch(1) }));
+    assert_eq!(hosts.drain_all(1), [2, 0]);
+    cut(&mut hosts.switches[1], second, 1, 20);
+    assert_eq!(hosts.drain_all(1), [0, 2]);
+    let receiver = &mut hosts.switches[1];
+    let recorded: Vec<_> = receiver
+        .stop_recording()
+        .unwrap()
+        .frames
+        .iter()
+        .map(|f| (f.to, f.after_cut_ns, f.bytes.len()))
+        .collect();
+    assert_eq!(recorded, [(first, 5, 60), (second, 0, 60)]);
+    let counts = receiver.channel(hosts.peer, hosts.network, Epoch(1)).unwrap();
+    assert_eq!(counts, ChannelCounts { sent: 0, received: 1, lost: 0 });
+}
+
+#[test]
+fn what_was_declared_lost_stays_lost_and_the_books_of_both_hosts_balance() {
+    let mut hosts = Hosts::new();
+    let (network, peer) = (hosts.network, hosts.peer);
+    for n in 0..5 {
+        hosts.switches[0].ingress(hosts.ports[0], &frame(ALL, mac(1), 60 + n), Time(1));
+    }
+    let sent = hosts.sent(0);
+    for switch in &mut hosts.switches {
+        switch.start_recording(Epoch(1), InFlight::Record).unwrap();
+        hosts.ports.iter().for_each(|&port| cut(switch, port, 1, 10));
+    }
+    for frame in &sent[..3] {
+        assert!(hosts.arrive(1, frame, 11));
+    }
+    let counts = hosts.switches[0].channel(peer, network, Epoch(1)).unwrap();
+    assert_eq!(counts, ChannelCounts { sent: 5, received: 0, lost: 0 });
+    assert_eq!(hosts.switches[1].close_channel(peer, network, Epoch(1), counts.sent), Some(2));
+    assert_eq!(hosts.switches[0].close_channel(peer, network, Epoch(1), 0), Some(0));
+    assert_eq!(hosts.switches[1].stop_recording().unwrap().frames.len(), 6);
+    assert!(!hosts.arrive(1, &sent[3], 12), "declared lost");
+    assert_eq!(hosts.switches[1].peer_counters(peer).late_frames, 1);
+
+    let parts = hosts.switches.each_ref().map(|s| s.accounting(network, Epoch(1)).unwrap());
+    assert_eq!(parts.map(|part| part.unaccounted_here()), [0, 0]);
+    let all: Accounting = parts.into_iter().sum();
+    // One local copy and one for the other host each, of which three became two.
+    assert_eq!((all.sent_before, all.in_flight, all.dropped.wire_loss), (13, 11, 2));
+    assert_eq!(all.unaccounted(), 0);
+    let counts = hosts.switches[1].channel(peer, network, Epoch(1)).unwrap();
+    assert_eq!(counts, ChannelCounts { sent: 0, received: 3, lost: 2 });
+
+    // The next cut does not wait for them again.
+    assert!(hosts.arrive(1, &(Epoch(1), frame(ALL, mac(1), 80)), 13));
+    assert_eq!(hosts.switches[1].close_channel(peer, network, Epoch(2), 6), Some(2));
+    assert_eq!(hosts.switches[1].close_channel(peer, network, Epoch(1), 5), None);
+}
+
+#[test]
+fn a_peer_is_refused_what_it_may_not_send_and_bounded_in_what_waits_for_it() {
+    let mut hosts = Hosts::new();
+    let (network, peer) = (hosts.network, hosts.peer);
+    let good = (Epoch(0), frame(ALL, mac(1), 60));
+    assert!(!hosts.switches[1].remote_ingress(peer, NetworkId(7), Epoch(0), &good.1, Time(1)));
+    hosts.switches[1].set_peer_attached(peer, network, false);
+    assert!(!hosts.arrive(1, &good, 1));
+    hosts.switches[1].set_peer_attached(peer, network, true);
+    assert!(!hosts.arrive(1, &(Epoch(0), vec![0; 13]), 1));
+    assert!(!hosts.arrive(1, &(Epoch(0), vec![0; 1523]), 1));
+    assert!(hosts.arrive(1, &good, 1));
+    let counters = hosts.switches[1].peer_counters(peer);
+    assert_eq!((counters.foreign_frames, counters.invalid_frames, counters.received_frames), (2, 2, 1));
+
+    let big = frame(ALL, mac(1), 1514);
+    for _ in 0..100 {
+        hosts.switches[0].ingress(hosts.ports[0], &big, Time(1));
+    }
+    let counters = hosts.switches[0].peer_counters(peer);
+    assert!(counters.queued_bytes <= 1 << 17 && counters.peak_queued_bytes == counters.queued_bytes);
+    assert_eq!(counters.dropped.queue_full, 100 - counters.sent_frames);
+    assert_eq!(hosts.switches[0].pop_dirty_peer(), Some(peer));
+    assert_eq!(hosts.switches[0].pop_dirty_peer(), None);
+
+    // Both forget: as if nothing had passed between them.
+    hosts.switches[0].restart_peer(peer);
+    hosts.switches[1].restart_peer(peer);
+    assert_eq!(hosts.sent(0), []);
+    hosts.switches.iter().for_each(Switch::assert_consistent);
+    let parts = hosts.switches.each_ref().map(|s| s.accounting(network, Epoch(1)).unwrap());
+    assert_eq!(parts.map(|part| (part.passed_on, part.arrived, part.unaccounted())), [(0, 0, 0); 2]);
+
+    hosts.switches[0].set_peer_connected(peer, false);
+    hosts.switches[0].ingress(hosts.ports[0], &big, Time(2));
+    assert_eq!(hosts.sent(0), []);
 }

@@ -153,6 +153,59 @@ fn nothing_but_the_manifest_decides_once_it_is_being_written() {
 }
 
 #[test]
+fn who_has_answered_a_step_is_needed_until_it_has_reported() {
+    let lost = |peer| Input::PeerLost { peer };
+    let aborts = [(1, "Abort"), (2, "Abort")];
+    let prepared = says(A, Body::Prepared { floor: Epoch(5) });
+    check("preparing", vec![prepared, lost(A)], "aborting", &aborts);
+    check("taking", vec![says(A, taken(B, 1)), lost(A)], "aborting", &aborts);
+    for state in ["preparing", "taking", "collecting"] {
+        check(state, vec![lost(STRANGER)], state, &[]);
+    }
+}
+
+#[test]
+fn another_version_ends_only_the_cut_that_it_is_about() {
+    let speaks_2 =
+        |cut| Input::Message { from: A, message: Message { version: 2, ..Message::new(cut, Body::Query) } };
+    let other = CutId { snapshot: SnapshotId([9; 16]), epoch: Epoch(2) };
+    check("taking", vec![speaks_2(other)], "taking", &[(1, "rejected")]);
+    check("taking", vec![speaks_2(CUT)], "aborting", &[(1, "rejected"), (1, "Abort"), (2, "Abort")]);
+    check(
+        "taking",
+        vec![says(A, taken(B, 1)), speaks_2(CUT)],
+        "aborting",
+        &[(1, "rejected"), (1, "Abort"), (2, "Abort")],
+    );
+    let report = says(A, Body::Report(Report::default()));
+    check("collecting", vec![report, speaks_2(CUT)], "collecting", &[(1, "rejected")]);
+}
+
+#[test]
+fn what_is_told_to_each_receiver_is_in_the_order_that_a_message_must_have() {
+    const C: ParticipantId = ParticipantId(3);
+    let mut initiator = Initiator::new(Epoch(5));
+    initiator.start(CUT.snapshot, [A, B, C], config(), Duration::ZERO).unwrap();
+    let mut outputs = Vec::new();
+    for from in [A, B, C] {
+        initiator.handle(says(from, Body::Prepared { floor: Epoch(5) }), Duration::ZERO);
+    }
+    for from in [C, B, A] {
+        let peers = [A, B, C].into_iter().filter(|&peer| peer != from);
+        let sent = peers.flat_map(|peer| [2, 7].map(|n| Channel { peer, network: NetworkId(n) }));
+        let sent = sent.map(|channel| ChannelCount { channel, copies: 1 }).collect();
+        let message = Body::Taken(Taken { machines: Vec::new(), sent });
+        outputs = initiator.handle(says(from, message), Duration::ZERO);
+    }
+    assert_eq!(brief(&outputs), [(1, "Expect"), (2, "Expect"), (3, "Expect")]);
+    for output in outputs {
+        let Output::Send { message, .. } = output else { panic!("{output:?}") };
+        assert_eq!(message.check(), Ok(()));
+        assert!(matches!(message.body, Body::Expect { incoming } if incoming.len() == 4));
+    }
+}
+
+#[test]
 fn deadlines_and_repetitions() {
     for (state, phase, request) in [
         ("preparing", Phase::Preparing, "Prepare"),
@@ -253,8 +306,13 @@ fn a_start_that_cannot_be_is_refused() {
         initiator.start(SnapshotId([2; 16]), ids.into_iter().map(ParticipantId), config, Duration::ZERO)
     };
     assert_eq!(start(vec![], config()), Err(StartError::NoParticipants));
-    assert_eq!(start((0..65).collect(), config()), Err(StartError::TooManyParticipants { got: 65 }));
-    let endless = Config { deadline: Duration::MAX, ..config() };
-    assert!(matches!(start(vec![1], endless), Err(StartError::Deadline { .. })));
+    assert_eq!(start((0..1025).collect(), config()), Err(StartError::TooManyParticipants { got: 1025 }));
+    let endless = [
+        Config { deadline: Duration::MAX, ..config() },
+        Config { in_flight_deadline: Duration::MAX, ..config() },
+    ];
+    for endless in endless {
+        assert!(matches!(start(vec![1], endless), Err(StartError::Deadline { .. })));
+    }
     assert_eq!(start(vec![1], config()), Err(StartError::NoEpoch));
 }

@@ -68,7 +68,10 @@ fn messages_out_of_bounds_are_told_apart() {
     let mut late = prepare(vec![0]);
     late.in_flight_deadline_ms = u64::MAX;
     let cases = [
-        (Body::Prepare(prepare(too_many)), Violation::TooMany { what: "participants", got: 65, most: 64 }),
+        (
+            Body::Prepare(prepare(too_many)),
+            Violation::TooMany { what: "participants", got: 1025, most: 1024 },
+        ),
         (Body::Prepare(prepare(vec![1, 0])), Violation::NotSorted { what: "participants" }),
         (Body::Prepare(prepare(vec![1, 1])), Violation::NotSorted { what: "participants" }),
         (Body::Prepare(late), Violation::Deadline { got_ms: u64::MAX }),

@@ -4,6 +4,7 @@
 //! `DIORAMA_CASES` sets the number of cases.
 
 mod oracle;
+mod tunnels;
 
 use std::{
     cell::Cell,
@@ -283,14 +284,18 @@ impl Pair {
             dirty[n] = !writable.is_empty();
         }
         let newest = self.oracle.newest_epoch();
+        self.check_peers();
         for (n, &network) in self.networks.iter().enumerate() {
             for cut in newest.saturating_sub(3)..newest + 3 {
                 if let Some(books) = self.switch.accounting(network, Epoch(cut)) {
                     assert_eq!(books, self.oracle.accounting(n, cut), "network {n} at cut {cut}");
-                    assert_eq!(books.unaccounted(), books.unrecorded as i64, "network {n} at cut {cut}");
+                    assert_eq!(books.unaccounted_here(), books.unrecorded as i64, "network {n} at cut {cut}");
                 } else {
                     assert!(
-                        cut == 0 || cut < self.oracle.latest.cut || cut < newest.saturating_sub(1),
+                        cut == 0
+                            || cut < self.oracle.latest.cut
+                            || cut < newest.saturating_sub(1)
+                            || self.oracle.peers.iter().any(|peer| cut < peer.closed[n].0),
                         "cut {cut}"
                     );
                 }

@@ -10,8 +10,32 @@ const LIFETIME_NS: u64 = 300_000_000_000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
     Queued,
-    Delivered { at_epoch: u32 },
+    Delivered {
+        at_epoch: u32,
+    },
     Dropped(DropReason),
+    PassedOn {
+        peer: usize,
+    },
+    /// It was passed on, and its books were begun anew.
+    Struck,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    Port(usize),
+    Peer(usize),
+}
+
+/// Another host: the frames that wait for its tunnel, and all that ever came from it, as (network, colour, bytes).
+pub struct Peer {
+    pub connected: bool,
+    /// By network; none where it never was.
+    pub attached: [Option<bool>; 2],
+    pub queue: VecDeque<(usize, u32, Vec<u8>)>,
+    pub arrived: Vec<(usize, u32)>,
+    /// By network: the cut it was closed for last, and what was lost.
+    pub closed: [(u32, u64); 2],
 }
 
 pub struct Copy {
@@ -53,7 +77,8 @@ pub struct Oracle {
     pub recording: Option<Recording>,
     /// The latest, running or not.
     pub latest: Recording,
-    macs: BTreeMap<(usize, Mac), (usize, u64)>,
+    pub peers: Vec<Peer>,
+    macs: BTreeMap<(usize, Mac), (Place, u64)>,
 }
 
 impl Oracle {
@@ -66,8 +91,19 @@ impl Oracle {
             copies: Vec::new(),
             recording: None,
             latest: Recording { serial: 0, cut: base, policy: InFlight::Record },
+            peers: Vec::new(),
             macs: BTreeMap::new(),
         }
+    }
+
+    pub fn add_peer(&mut self) {
+        self.peers.push(Peer {
+            connected: true,
+            attached: [Some(true); 2],
+            queue: VecDeque::new(),
+            arrived: Vec::new(),
+            closed: [(0, 0); 2],
+        });
     }
 
     pub fn ingress(&mut self, from: usize, frame: &[u8], now: u64) {
@@ -78,33 +114,115 @@ impl Oracle {
         let destination: Mac = frame[..6].try_into().unwrap();
         let source: Mac = frame[6..12].try_into().unwrap();
         if source[0] & 1 == 0 && source != [0; 6] {
-            self.macs.insert((network, source), (from, now));
+            self.macs.insert((network, source), (Place::Port(from), now));
         }
-        let known = (self.macs.get(&(network, destination)))
-            .filter(|(_, seen)| destination[0] & 1 == 0 && now - seen <= LIFETIME_NS);
-        let receivers: Vec<usize> = match known {
-            Some(&(port, _)) if port == from => vec![],
-            Some(&(port, _)) => vec![port],
-            None => (0..self.ports.len())
-                .filter(|&p| p != from && self.ports[p].network == network && self.ports[p].connected)
-                .collect(),
+        let receivers: Vec<Place> = match self.place(network, destination, now) {
+            Some(Place::Port(port)) if port == from => vec![],
+            Some(place) => vec![place],
+            None => {
+                let peers = (0..self.peers.len())
+                    .filter(|&p| self.peers[p].connected && self.peers[p].attached[network] == Some(true));
+                let ports = self.connected_ports(network).into_iter().filter(|&p| p != from);
+                ports.map(Place::Port).chain(peers.map(Place::Peer)).collect()
+            }
+        };
+        for &place in &receivers {
+            match place {
+                Place::Port(to) => self.owe(to, frame, colour, now, 1),
+                Place::Peer(peer) => {
+                    let fate = if self.peers[peer].connected {
+                        self.peers[peer].queue.push_back((network, colour, frame.to_vec()));
+                        Fate::PassedOn { peer }
+                    } else {
+                        Fate::Dropped(DropReason::NoReceiver)
+                    };
+                    self.owe_nobody(network, frame, colour, now, fate);
+                }
+            }
+        }
+        if receivers.is_empty() {
+            self.owe_nobody(network, frame, colour, now, Fate::Dropped(DropReason::NoReceiver));
+        }
+    }
+
+    /// Whether the frame was let in.
+    pub fn remote_ingress(
+        &mut self,
+        from: usize,
+        network: usize,
+        colour: u32,
+        frame: &[u8],
+        now: u64,
+    ) -> bool {
+        let peer = &mut self.peers[from];
+        let fits = (14..=self.max_frame).contains(&frame.len());
+        if peer.attached[network] != Some(true) || !fits || colour < peer.closed[network].0 {
+            return false;
+        }
+        peer.arrived.push((network, colour));
+        let destination: Mac = frame[..6].try_into().unwrap();
+        let source: Mac = frame[6..12].try_into().unwrap();
+        if source[0] & 1 == 0 && source != [0; 6] {
+            self.macs.insert((network, source), (Place::Peer(from), now));
+        }
+        let receivers = match self.place(network, destination, now) {
+            Some(Place::Port(port)) => vec![port],
+            Some(Place::Peer(_)) => vec![],
+            None => self.connected_ports(network),
         };
         for &to in &receivers {
             self.owe(to, frame, colour, now, 1);
         }
         if receivers.is_empty() {
-            let fate = Fate::Dropped(DropReason::NoReceiver);
-            let bytes = frame.to_vec();
-            self.copies.push(Copy {
-                network,
-                to: None,
-                colour,
-                bytes,
-                enqueued: now,
-                fate,
-                recorded: vec![],
-            });
+            self.owe_nobody(network, frame, colour, now, Fate::Dropped(DropReason::NoReceiver));
         }
+        true
+    }
+
+    /// How many frames older than the cut were passed on to the peer, and came from it.
+    pub fn channel(&self, peer: usize, network: usize, cut: u32) -> (u64, u64) {
+        let passed_on = (self.copies.iter())
+            .filter(|c| c.network == network && c.colour < cut && c.fate == Fate::PassedOn { peer })
+            .count();
+        let arrived = self.peers[peer].arrived.iter().filter(|a| a.0 == network && a.1 < cut).count();
+        (passed_on as u64, arrived as u64)
+    }
+
+    /// Whether that was possible.
+    pub fn close_channel(&mut self, peer: usize, network: usize, cut: u32, sent: u64) -> bool {
+        let (_, arrived) = self.channel(peer, network, cut);
+        let closed = &mut self.peers[peer].closed[network];
+        if cut < closed.0 {
+            return false;
+        }
+        *closed = (cut, sent.saturating_sub(arrived));
+        true
+    }
+
+    pub fn restart_peer(&mut self, peer: usize) {
+        let state = &mut self.peers[peer];
+        state.queue.clear();
+        state.arrived.clear();
+        state.closed = [(0, 0); 2];
+        for copy in self.copies.iter_mut().filter(|copy| copy.fate == Fate::PassedOn { peer }) {
+            copy.fate = Fate::Struck;
+        }
+    }
+
+    fn place(&self, network: usize, destination: Mac, now: u64) -> Option<Place> {
+        let &(place, seen) = self.macs.get(&(network, destination))?;
+        let gone = matches!(place, Place::Peer(p) if self.peers[p].attached[network] != Some(true));
+        (destination[0] & 1 == 0 && now - seen <= LIFETIME_NS && !gone).then_some(place)
+    }
+
+    fn connected_ports(&self, network: usize) -> Vec<usize> {
+        let connected = |&p: &usize| self.ports[p].network == network && self.ports[p].connected;
+        (0..self.ports.len()).filter(connected).collect()
+    }
+
+    fn owe_nobody(&mut self, network: usize, frame: &[u8], colour: u32, now: u64, fate: Fate) {
+        let bytes = frame.to_vec();
+        self.copies.push(Copy { network, to: None, colour, bytes, enqueued: now, fate, recorded: vec![] });
     }
 
     pub fn inject(&mut self, to: usize, frame: &[u8], colour: u32, now: u64) {
@@ -233,7 +351,12 @@ impl Oracle {
 
     pub fn accounting(&self, network: usize, cut: u32) -> Accounting {
         let mut books = Accounting::default();
-        for copy in self.copies.iter().filter(|c| c.network == network && c.colour < cut) {
+        for peer in &self.peers {
+            books.arrived += peer.arrived.iter().filter(|a| a.0 == network && a.1 < cut).count() as u64;
+            books.dropped.wire_loss += peer.closed[network].1;
+        }
+        let copies = self.copies.iter().filter(|c| c.network == network && c.colour < cut);
+        for copy in copies.filter(|c| c.fate != Fate::Struck) {
             books.sent_before += 1;
             let latest = self.latest;
             let recorded =
@@ -244,12 +367,15 @@ impl Oracle {
                 _ if recorded => (),
                 Fate::Delivered { .. } => books.unrecorded += 1,
                 Fate::Queued => books.pending += 1,
+                Fate::PassedOn { .. } => books.passed_on += 1,
                 Fate::Dropped(DropReason::QueueFull) => books.dropped.queue_full += 1,
                 Fate::Dropped(DropReason::NoReceiver) => books.dropped.no_receiver += 1,
                 Fate::Dropped(DropReason::CutDrop) => books.dropped.cut_drop += 1,
                 Fate::Dropped(reason) => panic!("nothing drops for {reason:?} yet"),
+                Fate::Struck => unreachable!("filtered out"),
             }
         }
+        books.sent_before -= books.arrived;
         books
     }
 
