@@ -420,12 +420,8 @@ fn start(
         let threads = find_vcpu_threads(&mut monitor)?;
         Ok((monitor, threads))
     };
-    let (mut monitor, vcpu_threads) = connected().map_err(|error| match (&error, &mut spawned.0) {
-        (QmpError::Disconnected { .. }, Some(spawned)) => {
-            machine_error(&name, spawned.explain_end(Instant::now() + KILL_LIMIT).to_string())
-        }
-        _ => qmp_error(&name, &error),
-    })?;
+    let (mut monitor, vcpu_threads) =
+        connected().map_err(|error| explain(&name, &error, spawned.0.as_mut()))?;
     let nics = nic_sockets.iter().map(|path| connect_nic(path, deadline)).collect::<Result<Vec<_>, _>>()?;
     // The kernel accepts before QEMU does. QEMU 7.2 crashes when the guest sends before its `-netdev stream` has so
     // much as begun to listen in its own eyes (a low-priority callback that a busy computer delays past `cont`).
@@ -436,6 +432,16 @@ fn start(
     }
     let spawned = spawned.0.take().expect("armed until here");
     Ok(Started { name, spawned, monitor, vcpu_threads, nics })
+}
+
+/// A monitor's failure; when QEMU has died, in QEMU's own last words.
+pub(crate) fn explain(name: &str, error: &QmpError, spawned: Option<&mut Spawned>) -> ApiError {
+    match (error, spawned) {
+        (QmpError::Disconnected { .. }, Some(spawned)) => {
+            machine_error(name, spawned.explain_end(Instant::now() + KILL_LIMIT).to_string())
+        }
+        _ => qmp_error(name, error),
+    }
 }
 
 /// Connects a NIC. QEMU binds and listens in a thread of its own and announces it nowhere, so it is tried until then.

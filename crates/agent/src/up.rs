@@ -11,9 +11,9 @@ use serde_json::Value;
 
 use crate::Agent;
 use crate::images;
-use crate::launch::{COMMAND_LIMIT, LaunchPlan, Launched, MachinePlan};
+use crate::launch::{COMMAND_LIMIT, LaunchPlan, Launched, MachinePlan, explain};
 use crate::operation::Operation;
-use crate::problem::{io_error, qmp_error};
+use crate::problem::io_error;
 use crate::record::{BootRecord, DiskRecord, MachineRecord, Phase, Record, Rest};
 use crate::slot::Slot;
 use crate::{disks, record};
@@ -162,7 +162,7 @@ impl Agent {
             let monitor = machine.monitor.as_mut().expect("just launched");
             monitor
                 .execute("cont", Value::Null, COMMAND_LIMIT)
-                .map_err(|error| qmp_error(&machine.name, &error))?;
+                .map_err(|error| explain(&machine.name, &error, machine.spawned.as_mut()))?;
             ready(&machine.name);
         }
         self.plane.call(move |plane| plane.release(segment, &open));

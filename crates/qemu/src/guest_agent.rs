@@ -20,6 +20,9 @@ use std::time::{Duration, Instant};
 /// The largest reply. The agent cuts standard output and standard error at 16 MiB each; both in base64 make 43 MiB.
 pub const MAX_REPLY_BYTES: usize = 48 << 20;
 
+/// The least that an answer comes at, once it has begun: a serial port without KVM on a busy host.
+const ANSWER_BYTES_PER_SECOND: u64 = 64 << 10;
+
 /// The mark before the answer to a synchronisation; it cannot stand in JSON text.
 const SENTINEL: u8 = 0xff;
 
@@ -221,11 +224,15 @@ impl GuestAgent {
     }
 
     fn read_value(&mut self, started: Instant, deadline: Instant) -> Result<Value, GuestAgentError> {
+        let mut received_bytes = 0;
         loop {
             if let Some(value) = self.decoder.next_value() {
                 return Ok(value?);
             }
-            let bytes = self.read_some(started, deadline)?;
+            // A long answer may take longer, as long as it comes.
+            let extension = Duration::from_secs(received_bytes / ANSWER_BYTES_PER_SECOND);
+            let bytes = self.read_some(started, deadline + extension)?;
+            received_bytes += bytes.len() as u64;
             self.decoder.feed(&bytes);
         }
     }
