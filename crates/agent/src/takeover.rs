@@ -14,9 +14,10 @@ use std::time::{Duration, Instant};
 
 use diorama_api::ApiError;
 use diorama_qemu::command_line::{file_node, format_node};
-use diorama_qemu::process::ProcessId;
+use diorama_qemu::process::{Policy, ProcessId, set_thread_policy, threads_of};
 use diorama_qemu::qmp::{Client, QmpError};
 use diorama_switch::{Epoch, PortId};
+use diorama_topology::EnvironmentName;
 use serde_json::{Value, json};
 
 use crate::Agent;
@@ -41,6 +42,7 @@ impl Agent {
     pub(crate) fn take_over_all(&self) -> Result<(), ApiError> {
         let folder = self.folders.environments();
         std::fs::create_dir_all(&folder).map_err(|error| io_error(&folder, &error))?;
+        let mut unreadable = Vec::new();
         for entry in std::fs::read_dir(&folder).map_err(|error| io_error(&folder, &error))?.flatten() {
             let name = entry.file_name();
             let Some(name) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
@@ -51,11 +53,51 @@ impl Agent {
                     let slot = self.slots.get_or_insert(&name);
                     self.take_over(&slot, record);
                 }
-                Err(error) => tracing::error!(environment = %name, %error, "an environment is left alone"),
+                Err(error) => {
+                    tracing::error!(environment = %name, %error, "an environment is left alone");
+                    unreadable.push(name);
+                }
             }
         }
+        self.end_unknown_machines(&unreadable);
         self.remove_ownerless_sockets(&folder);
         Ok(())
+    }
+
+    /// Kills machines that were started with these folders and that no record knows: their agent died before it could
+    /// write them down. Each has its console's log among its arguments.
+    fn end_unknown_machines(&self, unreadable: &[EnvironmentName]) {
+        let known: Vec<u32> = self
+            .slots
+            .all()
+            .iter()
+            .filter_map(|slot| slot.state().record.clone())
+            .flat_map(|record| record.processes())
+            .map(|process| ProcessId::from(process).pid)
+            .collect();
+        // Commas are doubled in QEMU's options.
+        let log = format!("logfile={}/", self.folders.environments().display()).replace(',', ",,");
+        let spared: Vec<String> = unreadable.iter().map(|name| format!("{log}{name}/")).collect();
+        let Ok(processes) = std::fs::read_dir("/proc") else { return };
+        for entry in processes.flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+                continue;
+            };
+            let arguments = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let arguments = String::from_utf8_lossy(&arguments);
+            if known.contains(&pid)
+                || !arguments.contains(&log)
+                || spared.iter().any(|log| arguments.contains(log))
+            {
+                continue;
+            }
+            tracing::warn!(pid, "a machine that no record knows is ended");
+            if let Ok(Some(process)) = ProcessId::of(pid)
+                && let Err(error) = process.kill()
+            {
+                tracing::error!(%error, "it cannot be killed");
+            }
+        }
     }
 
     /// Removes the sockets of environments whose agent died before they had a record.
@@ -109,6 +151,7 @@ impl Agent {
                     spawned: None,
                 });
             }
+            remove_other_generations(&slot.runtime_folder(&self.folders), record.generation);
             tracing::info!(environment = %slot.name, machines = running.machines.len(), "taken back");
             slot.state().running = Some(running);
         }
@@ -169,6 +212,12 @@ impl Agent {
             reconcile(&mut monitor, disk, &folder)?;
         }
         let threads = find_vcpu_threads(&mut monitor)?;
+        // The agent before may have died within a cut, when they went before everything else.
+        for thread in threads_of(machine.process.pid, &threads) {
+            if let Err(error) = set_thread_policy(thread, Policy::Normal { nice: 0 }) {
+                tracing::debug!(thread, %error, "a thread of QEMU keeps its priority");
+            }
+        }
         match machine_rest(record, index) {
             Some(crate::record::Rest::Paused) => {
                 let held = ports.to_vec();
@@ -219,6 +268,15 @@ pub(crate) fn migration_runs(monitor: &mut Client) -> Result<bool, QmpError> {
     ))
 }
 
+/// Sockets of machines that an agent was starting when it died.
+fn remove_other_generations(folder: &Path, generation: u32) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name() != *format!("g{generation}") {
+            remove_tree(&entry.path());
+        }
+    }
+}
+
 /// Why a machine cannot be taken back.
 #[derive(Debug, thiserror::Error)]
 enum TakeError {
@@ -236,7 +294,7 @@ fn machine_rest(record: &Record, index: usize) -> Option<crate::record::Rest> {
 
 /// An agent that died within a cut may have left an overlay that is active and not recorded, or one that is recorded
 /// nowhere and in use by nobody.
-fn reconcile(monitor: &mut Client, disk: &mut DiskRecord, folder: &Path) -> Result<(), QmpError> {
+pub(crate) fn reconcile(monitor: &mut Client, disk: &mut DiskRecord, folder: &Path) -> Result<(), QmpError> {
     let Some(last) = disk.layers.last().map(|layer| layer.node) else { return Ok(()) };
     let next = last + 1;
     let node = format_node(&disk.name, next);

@@ -26,8 +26,9 @@ use nix::unistd::Pid;
 use crate::failure::Failure;
 use crate::output::Output;
 
-/// How long an agent may take until it listens. It takes its machines back first, which is milliseconds for each.
-const READY_DEADLINE: Duration = Duration::from_secs(30);
+/// How long an agent may take until it listens. It takes its machines back first, which is milliseconds for each, but
+/// for captures that an agent before it left under way: those are read to their ends.
+const READY_DEADLINE: Duration = Duration::from_secs(180);
 
 /// How long an agent that failed may take until its process is gone.
 const END_DEADLINE: Duration = Duration::from_secs(5);

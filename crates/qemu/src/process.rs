@@ -275,11 +275,20 @@ pub fn set_thread_policy(thread: u32, policy: Policy) -> Result<(), ProcessError
     let (scheduler, nice, sched_priority) = match policy {
         Policy::Normal { nice } => (libc::SCHED_OTHER, Some(nice), 0),
         Policy::Idle => (libc::SCHED_IDLE, None, 0),
-        Policy::First => (libc::SCHED_RR, None, 1),
+        // Threads that it starts meanwhile are ordinary ones.
+        Policy::First => (libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, None, 1),
     };
     let parameters = libc::sched_param { sched_priority };
-    // SAFETY: `parameters` is valid for the call, which only reads it.
-    Errno::result(unsafe { libc::sched_setscheduler(thread.cast_signed(), scheduler, &parameters) })
+    let set = |scheduler| {
+        // SAFETY: `parameters` is valid for the call, which only reads it.
+        Errno::result(unsafe { libc::sched_setscheduler(thread.cast_signed(), scheduler, &parameters) })
+    };
+    set(scheduler)
+        // Without privilege that flag cannot be taken back, and does no harm.
+        .or_else(|error| match error {
+            Errno::EPERM => set(scheduler | libc::SCHED_RESET_ON_FORK),
+            error => Err(error),
+        })
         .map_err(|error| system("schedule", thread, error.into()))?;
     if let Some(nice) = nice {
         // SAFETY: setpriority takes numbers only.

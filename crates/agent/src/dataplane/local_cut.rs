@@ -213,6 +213,7 @@ struct Progress {
     pivoted: bool,
     migrating: bool,
     migrated: bool,
+    migration_failed: bool,
     saving: bool,
     cut_at: Option<Time>,
     stop_event: Option<Timestamp>,
@@ -367,7 +368,12 @@ impl LocalCut {
             }
         }
         if closed {
-            progress.monitor_open = false;
+            if which == Monitor::Cut {
+                progress.monitor_open = false;
+            } else {
+                // Nothing is answered there any more.
+                progress.commands.retain(|(_, monitor, _)| *monitor != Monitor::Pivot);
+            }
             let monitor = progress.machine.monitor(which).map(|parts| parts.stream.as_raw_fd());
             if let Some(fd) = monitor {
                 io.forget(fd);
@@ -435,7 +441,9 @@ impl LocalCut {
             }
             // Its virtual CPUs sleep now. When they wake, other machines may still stand and go before them. (Not
             // earlier: `stop` is answered only when they have run once more.)
-            progress.prefer_others(true);
+            if progress.running {
+                progress.prefer_others(true);
+            }
             let now = io.now();
             progress.cut_at = Some(now);
             if let Goal::Snapshot { epoch, .. } = self.goal {
@@ -460,11 +468,7 @@ impl LocalCut {
     fn save(&mut self, segment: &mut Segment, io: &mut Io<'_>) {
         let mut failure = None;
         for progress in &mut self.machines {
-            let commands = std::mem::take(&mut progress.machine.after_stop);
-            for command in commands {
-                progress.commands.push((command.id, command.monitor, command.name));
-                failure = failure.or(progress.finish_command(&command, Stage::Saving));
-            }
+            failure = failure.or(progress.send_next());
         }
         if let Some(failure) = failure {
             self.fail(failure, segment, io);
@@ -475,6 +479,7 @@ impl LocalCut {
     fn note_resumed(&mut self, segment: &mut Segment, io: &mut Io<'_>) -> bool {
         let mut failure = None;
         for progress in &mut self.machines {
+            failure = failure.or(progress.send_next());
             if progress.released_at.is_some() || !progress.commands.is_empty() {
                 continue;
             }
@@ -562,7 +567,12 @@ impl LocalCut {
                 continue;
             }
             if progress.saves_live() {
-                // It goes on as if nothing had happened, and the machine with it.
+                // It goes on as if nothing had happened, and the machine with it. Nobody else holds it up from now on.
+                if progress.saving
+                    && let Some(gate) = &mut progress.machine.gate
+                {
+                    gate.open();
+                }
                 continue;
             }
             if progress.may_be_migrating() && !progress.is_live() {
@@ -588,7 +598,15 @@ impl LocalCut {
             }
             // A failure to send shows as a monitor that closes.
             let _ = progress.resume_when_saved(Stage::Undoing);
-            if progress.resumed || !progress.monitor_open || late {
+            if progress.cont_id.is_none() && !progress.saves_live() {
+                // What was waited for has failed.
+                let id = progress.reserve_id();
+                progress.cont_id = Some(id);
+                let _ = progress.send(id, "cont", Value::Null, Stage::Undoing);
+            }
+            // Whether the disks are pivoted must be known: their overlays are removed if they are not.
+            let pivoting = progress.commands.iter().any(|(_, monitor, _)| *monitor == Monitor::Pivot);
+            if (progress.resumed && !pivoting) || !progress.monitor_open || late {
                 if late && !progress.resumed {
                     tracing::error!(
                         machine = progress.machine.name,
@@ -742,6 +760,7 @@ impl Progress {
             pivoted: false,
             migrating: false,
             migrated: false,
+            migration_failed: false,
             saving: false,
             cut_at: None,
             stop_event: None,
@@ -767,7 +786,10 @@ impl Progress {
 
     /// Whether QEMU saves the devices now, or has done so, for a live capture.
     fn saves_live(&self) -> bool {
-        self.is_live() && self.may_be_migrating() && (self.saving || !self.machine.armed)
+        self.is_live()
+            && self.may_be_migrating()
+            && (self.saving || !self.machine.armed)
+            && !self.migration_failed
     }
 
     /// Resumes a machine that QEMU leaves standing, once it is saved.
@@ -803,6 +825,20 @@ impl Progress {
         let monitor = self.machine.monitor.as_ref()?;
         let sent = write_whole(&monitor.stream, &encode(id, command, arguments));
         sent.err().map(|_| self.monitor_closed(stage))
+    }
+
+    /// Sends the next command for the machine that stands still, once the one before is answered: the disks are pivoted
+    /// before anything can let the machine run.
+    fn send_next(&mut self) -> Option<CutFailure> {
+        if !self.commands.is_empty() || self.machine.after_stop.is_empty() {
+            return None;
+        }
+        let command = self.machine.after_stop.remove(0);
+        let failure = self.finish_command(&command, Stage::Saving);
+        if failure.is_none() {
+            self.commands.push((command.id, command.monitor, command.name));
+        }
+        failure
     }
 
     /// Sends the rest of a command that was prepared.
@@ -867,6 +903,7 @@ impl Progress {
                     if status == "completed" {
                         self.migrated = true;
                     }
+                    self.migration_failed |= status == "failed";
                     (status == "failed").then(|| CutFailure::Migration {
                         machine: self.machine.name.clone(),
                         reason: "QEMU reports that it failed".to_owned(),
@@ -935,6 +972,7 @@ impl Progress {
             (true, Some(released)) => released.since_ns(held_at) / 1000,
             _ => 0,
         };
+        let migrating = self.may_be_migrating();
         CutMachineResult {
             name: self.machine.name,
             cut_at: self.cut_at,
@@ -942,7 +980,7 @@ impl Progress {
             stall_us,
             drain_incomplete: self.drain_incomplete,
             pivoted: self.pivoted,
-            migrating: self.machine.armed || self.migrating,
+            migrating,
             armed: self.machine.armed && !self.saving,
         }
     }

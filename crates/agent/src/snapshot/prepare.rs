@@ -21,7 +21,7 @@ use crate::launch::{COMMAND_LIMIT, SocketPaths};
 use crate::problem::{cut_error, io_error, no_space, qmp_error, store_error};
 use crate::record::{DiskRecord, Record};
 use crate::slot::Slot;
-use crate::takeover::{MIGRATION_POLL, migration_runs};
+use crate::takeover::{MIGRATION_POLL, migration_runs, reconcile};
 use crate::up::{disk_folder, socket_folder};
 
 /// The name under which QEMU gets the capture's socket.
@@ -290,24 +290,41 @@ impl Attempt<'_> {
                 armed: machine.armed,
             });
         }
+        let segment = running.segment;
+        drop(state);
         for machine in &machines {
             for parts in machine.monitor.iter().chain(&machine.pivot_monitor) {
                 wait_until_read(parts);
             }
         }
-        Ok((running.segment, machines))
+        Ok((segment, machines))
     }
 
-    /// Removes the overlays that no pivot has made active.
+    /// Removes the overlays that no pivot has made active; takes those into the record that one has, although nobody
+    /// heard of it.
     pub(super) fn remove_unused_overlays(&mut self) {
+        let folder = disk_folder(&self.slot.folder(&self.agent.folders), self.record.generation);
+        let mut late_pivots = false;
         for machine in &mut self.machines {
-            let disks = self.record.disks.get(&machine.name).cloned().unwrap_or_default();
-            for (disk, overlay) in disks.iter().zip(machine.overlays.drain(..)) {
-                self.agent.delete_node(&self.slot, &machine.name, &format_node(&disk.name, overlay.node));
-                if let Err(error) = std::fs::remove_file(&overlay.file) {
-                    tracing::warn!(file = %overlay.file.display(), %error, "an unused overlay cannot be removed");
+            let overlays = std::mem::take(&mut machine.overlays);
+            let disks = self.record.disks.get_mut(&machine.name).into_iter().flatten();
+            for (disk, overlay) in disks.zip(overlays) {
+                let layers = disk.layers.len();
+                let mut state = self.slot.state();
+                let monitor = state.machine(&machine.name).and_then(|machine| machine.monitor.as_mut());
+                let result = match monitor {
+                    Some(monitor) => reconcile(monitor, disk, &folder.join(&machine.name)),
+                    None => Ok(()),
+                };
+                // When QEMU does not say, the file stays: it may be in use.
+                if let Err(error) = result {
+                    tracing::warn!(file = %overlay.file.display(), %error, "an unused overlay may be left");
                 }
+                late_pivots |= disk.layers.len() != layers;
             }
+        }
+        if late_pivots && let Err(error) = self.record.save(&self.slot.folder(&self.agent.folders)) {
+            tracing::error!(error = error.message, "the record lacks a disk's layer");
         }
     }
 
@@ -445,13 +462,16 @@ fn fill(plan: &Plan, keeper: Option<&Keeper>, prepared: &mut Prepared) -> Result
     }
     if gating != Gating::Open {
         let arguments = json!({"uri": format!("fd:{CAPTURE_FD}")});
-        monitor.execute("migrate", arguments, COMMAND_LIMIT).map_err(failed)?;
+        let begun = monitor.execute("migrate", arguments, COMMAND_LIMIT);
+        // Without an answer it may have begun.
+        if live && !matches!(begun, Err(QmpError::Command { .. })) {
+            capture.must_be_read_out();
+            prepared.migrating = true;
+        }
+        begun.map_err(failed)?;
         prepared.migrating = true;
         match gating {
-            Gating::FromStart => {
-                capture.must_be_read_out();
-                wait_until_it_waits(plan.process.pid);
-            }
+            Gating::FromStart => wait_until_it_waits(plan.process.pid),
             Gating::AfterMost | Gating::Open => capture.wait_for_gate(),
         }
     }
@@ -559,11 +579,6 @@ impl Agent {
             std::thread::sleep(MIGRATION_POLL);
         }
         tracing::error!(machine, "a cancelled capture does not end");
-    }
-
-    /// Removes a block node that is not in use.
-    pub(super) fn delete_node(&self, slot: &Slot, machine: &str, node: &str) {
-        self.try_command(slot, machine, "blockdev-del", json!({"node-name": node}));
     }
 
     fn try_command(&self, slot: &Slot, machine: &str, command: &str, arguments: serde_json::Value) {

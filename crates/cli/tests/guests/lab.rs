@@ -359,7 +359,9 @@ pub fn kill_and_wait(pid: Pid) {
     until("the end of a killed process", || {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         let state = stat.rsplit_once(") ").map(|(_, rest)| rest.chars().next());
-        matches!(state, None | Some(Some('Z'))).then_some(())
+        // It is called a zombie as soon as its first thread has ended.
+        let threads = entries(Path::new(&format!("/proc/{pid}/task"))).len();
+        (matches!(state, None | Some(Some('Z'))) && threads <= 1).then_some(())
     });
 }
 
