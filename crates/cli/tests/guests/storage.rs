@@ -1,9 +1,10 @@
 //! Too little room, on disk or in memory. These tests mount small file systems, as only root can; others are told so.
 
 use std::fs::File;
-use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
+
+use nix::fcntl::posix_fallocate;
 
 use crate::lab::{Lab, entries, ran, refusal, until};
 use crate::traffic::{self, PAIR};
@@ -18,10 +19,19 @@ fn is_root() -> bool {
 
 /// Takes all room that a file system has left.
 fn fill(folder: &Path) {
-    let mut file = File::create(folder.join("filler")).unwrap();
-    let chunk = vec![1; 1 << 20];
-    while file.write_all(&chunk).is_ok() {}
-    while file.write_all(&chunk[..4096]).is_ok() {}
+    take(folder, "filler", i64::MAX);
+}
+
+/// Takes room without writing it, which would be too slow to come in between; at most `most` bytes.
+fn take(folder: &Path, name: &str, most: i64) {
+    let file = File::create(folder.join(name)).unwrap();
+    let (mut length, mut chunk) = (0, 64 << 20);
+    while chunk >= 4096 && length < most {
+        match posix_fallocate(&file, length, chunk) {
+            Ok(()) => length += chunk,
+            Err(_) => chunk /= 2,
+        }
+    }
 }
 
 fn make_room(folder: &Path) {
@@ -46,7 +56,8 @@ fn a_full_disk_undoes_a_snapshot() {
     make_room(&home);
     arrived = traffic::goes_on_whole(&lab, "pair", &arrived);
 
-    // Full while it is being stored.
+    // Full while it is being stored. There is just enough for it to begin.
+    take(&home, "ballast", 500 << 20);
     let incoming = home.join("store/incoming");
     let command = lab.begin(&["snapshot", "create", "within"]);
     let begun = Instant::now();
@@ -62,6 +73,7 @@ fn a_full_disk_undoes_a_snapshot() {
     assert_eq!(lab.snapshots(), [""; 0]);
     arrived = traffic::goes_on_whole(&lab, "pair", &arrived);
     make_room(&home);
+    std::fs::remove_file(home.join("ballast")).unwrap();
     lab.snapshot("pair", &["after"]);
     lab.verify("after");
 
