@@ -182,7 +182,7 @@ impl Agent {
         let mut launched = Launched {
             agent: self,
             runtime_folder: plan.runtime_folder.clone(),
-            running: Some(Running { segment, networks, machines: Vec::new() }),
+            running: Some(Running { segment, networks, peers: Vec::new(), machines: Vec::new() }),
             processes: Vec::new(),
         };
         let machines = std::mem::take(&mut plan.machines);

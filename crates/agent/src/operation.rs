@@ -21,14 +21,20 @@ pub(crate) enum Notice {
 /// Handed to everything that works on behalf of one request.
 #[derive(Debug, Clone)]
 pub(crate) struct Operation {
-    notices: UnboundedSender<Notice>,
+    /// None for what no client asked for.
+    notices: Option<UnboundedSender<Notice>>,
     withdrawn: Arc<AtomicBool>,
 }
 
 impl Operation {
     /// An operation that reports to `notices`; when the receiver is dropped, it is cancelled.
     pub(crate) fn new(notices: UnboundedSender<Notice>) -> Self {
-        Self { notices, withdrawn: Arc::new(AtomicBool::new(false)) }
+        Self { notices: Some(notices), withdrawn: Arc::default() }
+    }
+
+    /// An operation that no client of this agent asked for: it ends when it is withdrawn.
+    pub(crate) fn unattended() -> Self {
+        Self { notices: None, withdrawn: Arc::default() }
     }
 
     /// Names the step that begins now.
@@ -65,7 +71,7 @@ impl Operation {
 
     /// Whether nobody waits for this operation any more.
     pub(crate) fn is_cancelled(&self) -> bool {
-        self.withdrawn.load(Ordering::Relaxed) || self.notices.is_closed()
+        self.withdrawn.load(Ordering::Relaxed) || self.notices.as_ref().is_some_and(UnboundedSender::is_closed)
     }
 
     /// Returns an error when nobody waits any more.
@@ -77,7 +83,9 @@ impl Operation {
     }
 
     fn send(&self, notice: Notice) {
-        // A client that has gone is noticed by `is_cancelled`.
-        let _ = self.notices.send(notice);
+        if let Some(notices) = &self.notices {
+            // A client that has gone is noticed by `is_cancelled`.
+            let _ = notices.send(notice);
+        }
     }
 }

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use diorama_api::{ApiError, ErrorKind};
@@ -37,6 +38,47 @@ pub(crate) struct Record {
     pub(crate) retiring: Vec<ProcessRecord>,
     /// By machine.
     pub(crate) disks: BTreeMap<String, Vec<DiskRecord>>,
+    /// How the environment is spread, when this host has a part of it: the specification is of that part.
+    #[serde(default)]
+    pub(crate) span: Option<SpanRecord>,
+    /// The cut that this host has reported and whose outcome it does not know.
+    #[serde(default)]
+    pub(crate) doubt: Option<Doubt>,
+}
+
+/// How an environment is spread over hosts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SpanRecord {
+    /// Random; another one each time the machines are launched. Names the tunnels' sessions.
+    pub(crate) id: u64,
+    /// The whole environment.
+    pub(crate) whole: Environment,
+    /// By their numbers as participants of cuts.
+    pub(crate) hosts: Vec<SpanHost>,
+    /// This host's number.
+    pub(crate) me: u32,
+    /// The networks' numbers on the wire, in the order of the specification.
+    pub(crate) vnis: Vec<u32>,
+}
+
+/// One host of an environment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SpanHost {
+    /// As the cluster knows it.
+    pub(crate) name: String,
+    /// Where its tunnels end.
+    pub(crate) tunnel: SocketAddr,
+    /// Its machines.
+    pub(crate) machines: Vec<String>,
+}
+
+/// A cut in doubt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Doubt {
+    pub(crate) attempt: [u8; 16],
+    pub(crate) epoch: u32,
+    /// The number of the host that knows, or can find out.
+    pub(crate) initiator: u32,
 }
 
 /// Whether machines run.

@@ -173,6 +173,8 @@ impl Agent {
             machines: machines.collect(),
             retiring: old.as_ref().map(Record::processes).unwrap_or_default(),
             disks,
+            span: None,
+            doubt: None,
             specification,
         };
         operation.check()?;

@@ -9,10 +9,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use diorama_api::{ApiError, ErrorKind, Folders};
+use diorama_cut::ParticipantId;
 use diorama_qemu::process::Spawned;
 use diorama_qemu::qmp;
 use diorama_store::SnapshotId;
-use diorama_switch::{NetworkId, PortId};
+use diorama_switch::{NetworkId, PeerId, PortId};
 use diorama_topology::EnvironmentName;
 
 use crate::dataplane::SegmentId;
@@ -58,6 +59,8 @@ pub(crate) struct Running {
     pub(crate) segment: SegmentId,
     /// In the order of the specification.
     pub(crate) networks: Vec<NetworkId>,
+    /// Other hosts of the environment.
+    pub(crate) peers: Vec<(ParticipantId, PeerId)>,
     /// In the order of the specification.
     pub(crate) machines: Vec<RunningMachine>,
 }

@@ -89,6 +89,8 @@ impl Agent {
             machines: Vec::new(),
             retiring: Vec::new(),
             disks: BTreeMap::new(),
+            span: None,
+            doubt: None,
             specification,
         };
         operation.step("preparing disks");

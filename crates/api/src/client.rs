@@ -11,6 +11,8 @@
 use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
@@ -36,10 +38,33 @@ pub const ANSWER_BYTES_MAX: usize = 64 << 20;
 /// What the `Upgrade` header of a console says.
 pub const CONSOLE_PROTOCOL: &str = "diorama-console";
 
+/// An answer being waited for; the error says, for people, why there is none.
+pub type Answering = Pin<Box<dyn Future<Output = Result<Response<Incoming>, String>> + Send>>;
+
+/// Sends a request to the agent of another host.
+pub type Carrier = Arc<dyn Fn(Request<Full<Bytes>>) -> Answering + Send + Sync>;
+
 /// Speaks to one agent.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Client {
-    socket: PathBuf,
+    via: Via,
+}
+
+#[derive(Clone)]
+enum Via {
+    /// This host's.
+    Socket(PathBuf),
+    /// Another host's.
+    Carrier(Carrier),
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.via {
+            Via::Socket(socket) => f.debug_tuple("Client").field(socket).finish(),
+            Via::Carrier(_) => f.debug_tuple("Client").finish_non_exhaustive(),
+        }
+    }
 }
 
 /// A console: raw bytes both ways.
@@ -71,6 +96,9 @@ pub enum ClientError {
         /// What the system said.
         source: io::Error,
     },
+    /// Another host's agent cannot be reached, or the connection to it broke.
+    #[error("{0}")]
+    Carrier(String),
     /// The connection broke.
     #[error("the connection to the agent broke during {request}: {source}")]
     Connection {
@@ -117,6 +145,9 @@ impl From<ClientError> for ApiError {
             ClientError::Connect { .. } => {
                 "is the socket yours? DIORAMA_HOME and DIORAMA_RUNTIME_DIR say where it is"
             }
+            ClientError::Carrier(_) => {
+                "is that host up, and does its agent run? `diorama host list` shows who is there"
+            }
             ClientError::Connection { .. } | ClientError::Unfinished { .. } => {
                 "the agent may have died: see agent.log in Diorama's home; the next command starts it again, \
                  and it takes its machines back"
@@ -136,12 +167,32 @@ impl<F: FnMut(Notice)> Observer for F {}
 impl Client {
     /// A client of the agent of these folders. Does not connect.
     pub fn new(folders: &Folders) -> Self {
-        Self { socket: folders.socket() }
+        Self { via: Via::Socket(folders.socket()) }
     }
 
-    /// The agent's socket.
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    /// A client of another host's agent.
+    pub fn of_host(carrier: Carrier) -> Self {
+        Self { via: Via::Carrier(carrier) }
+    }
+
+    /// Sends a request between agents, which know its path and form.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        request: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        self.send(Method::POST, path, Some(encode(request))).await?.document().await
+    }
+
+    /// The same for a document that is only looked at.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.ask(Method::GET, path).await
     }
 
     /// Who answers.
@@ -386,7 +437,11 @@ impl Client {
         self.send(method, path, None).await?.document().await
     }
 
-    async fn operate<T: DeserializeOwned>(
+    /// The same for an operation, which reports on its way.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn operate<T: DeserializeOwned>(
         &self,
         path: &str,
         request: &impl Serialize,
@@ -437,12 +492,6 @@ impl Client {
     ) -> Result<Answer, ClientError> {
         let name = format!("{method} {path}");
         let broke = |source| ClientError::Connection { request: name.clone(), source };
-        let stream = self.connect().await?;
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broke)?;
-        // What ends the connection is also seen by whoever waits for the answer, with more to say about it.
-        let connection = Connection(tokio::spawn(async move {
-            let _ = connection.with_upgrades().await;
-        }));
         let mut request = Request::builder().method(method).uri(path).header(header::HOST, "diorama");
         for (header, value) in headers {
             request = request.header(header, *value);
@@ -454,18 +503,31 @@ impl Client {
             // Only a path that is no URI can do this, and every part of it was encoded.
             ClientError::NotUnderstood { request: name.clone(), status: 0, problem: error.to_string() }
         })?;
-        let response = sender.send_request(request).await.map_err(broke)?;
-        Ok(Answer { request: name, response, connection })
-    }
-
-    async fn connect(&self) -> Result<UnixStream, ClientError> {
-        UnixStream::connect(&self.socket).await.map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                ClientError::NotRunning { socket: self.socket.clone() }
+        let socket = match &self.via {
+            Via::Socket(socket) => socket,
+            Via::Carrier(carrier) => {
+                let response = carrier(request).await.map_err(ClientError::Carrier)?;
+                return Ok(Answer { request: name, response, connection: None });
             }
-            _ => ClientError::Connect { socket: self.socket.clone(), source },
-        })
+        };
+        let (mut sender, connection) =
+            http1::handshake(TokioIo::new(connect(socket).await?)).await.map_err(broke)?;
+        // What ends the connection is also seen by whoever waits for the answer, with more to say about it.
+        let connection = Connection(tokio::spawn(async move {
+            let _ = connection.with_upgrades().await;
+        }));
+        let response = sender.send_request(request).await.map_err(broke)?;
+        Ok(Answer { request: name, response, connection: Some(connection) })
     }
+}
+
+async fn connect(socket: &Path) -> Result<UnixStream, ClientError> {
+    UnixStream::connect(socket).await.map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+            ClientError::NotRunning { socket: socket.to_owned() }
+        }
+        _ => ClientError::Connect { socket: socket.to_owned(), source },
+    })
 }
 
 /// A machine's log as it comes.
@@ -500,7 +562,7 @@ struct Answer {
     request: String,
     response: Response<Incoming>,
     #[expect(dead_code, reason = "held so that the connection lives as long as the answer")]
-    connection: Connection,
+    connection: Option<Connection>,
 }
 
 impl Answer {

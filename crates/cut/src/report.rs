@@ -63,6 +63,8 @@ pub struct Drops {
     pub wire_loss: u64,
     /// There was no machine to receive them.
     pub no_receiver: u64,
+    /// They crossed a cut with [`InFlight::Drop`].
+    pub cut_drop: u64,
 }
 
 /// One network's account at the cut, as one participant sees it, or the sum of several. In copies.
@@ -81,9 +83,16 @@ pub struct Frames {
 impl Frames {
     /// Copies sent that nothing explains. Zero, or the snapshot is wrong; negative means too many were seen.
     pub fn unaccounted(&self) -> i128 {
-        let Drops { queue_full, link_loss, wire_loss, no_receiver } = self.dropped;
-        let explained =
-            [self.delivered_before, self.in_flight, queue_full, link_loss, wire_loss, no_receiver];
+        let Drops { queue_full, link_loss, wire_loss, no_receiver, cut_drop } = self.dropped;
+        let explained = [
+            self.delivered_before,
+            self.in_flight,
+            queue_full,
+            link_loss,
+            wire_loss,
+            no_receiver,
+            cut_drop,
+        ];
         i128::from(self.sent_before) - explained.into_iter().map(i128::from).sum::<i128>()
     }
 
@@ -97,6 +106,7 @@ impl Frames {
             (&mut self.dropped.link_loss, other.dropped.link_loss),
             (&mut self.dropped.wire_loss, other.dropped.wire_loss),
             (&mut self.dropped.no_receiver, other.dropped.no_receiver),
+            (&mut self.dropped.cut_drop, other.dropped.cut_drop),
         ];
         for (sum, more) in pairs {
             *sum = sum.saturating_add(more);
@@ -176,8 +186,8 @@ mod tests {
 
     #[test]
     fn every_copy_is_explained_or_counted() {
-        let dropped = Drops { queue_full: 1, link_loss: 2, wire_loss: 3, no_receiver: 4 };
-        let mut frames = Frames { sent_before: 30, delivered_before: 15, in_flight: 5, dropped };
+        let dropped = Drops { queue_full: 1, link_loss: 2, wire_loss: 3, no_receiver: 4, cut_drop: 5 };
+        let mut frames = Frames { sent_before: 35, delivered_before: 15, in_flight: 5, dropped };
         assert_eq!(frames.unaccounted(), 0);
         frames.sent_before += 1;
         assert_eq!(frames.unaccounted(), 1);

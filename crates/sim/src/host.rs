@@ -210,7 +210,8 @@ impl Host {
                     queue_full: dropped.queue_full,
                     link_loss: dropped.link_loss,
                     wire_loss: dropped.wire_loss,
-                    no_receiver: dropped.no_receiver + dropped.cut_drop,
+                    no_receiver: dropped.no_receiver,
+                    cut_drop: dropped.cut_drop,
                 },
             };
             NetworkFrames { network: GlobalNetwork(global), frames }

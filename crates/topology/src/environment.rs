@@ -123,6 +123,12 @@ impl Environment {
         self.networks.iter().find(|network| network.name.as_str() == name)
     }
 
+    /// The part of the environment that some of its machines are: those, in the same order, and all networks.
+    pub fn part(&self, machines: impl Fn(&str) -> bool) -> Environment {
+        let machines = self.machines.iter().filter(|machine| machines(machine.name.as_str())).cloned();
+        Environment { name: self.name.clone(), machines: machines.collect(), networks: self.networks.clone() }
+    }
+
     /// The same environment under another name: what a fork runs. All addresses stay.
     pub fn renamed(&self, name: EnvironmentName) -> Environment {
         Environment { name, ..self.clone() }

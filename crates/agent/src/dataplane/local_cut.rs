@@ -16,6 +16,7 @@
 //! - the epoch of a machine's ports goes up only when its `stop` has been answered and its sockets are read
 //!   empty, and before anything is saved;
 //! - whatever happens, at the end no port is held by the cut, and no machine that ran is stopped;
+//! - after a cut that succeeded, frames in flight are recorded until [`super::Plane::stop_recording`];
 //! - a live capture is never cancelled: one that has begun to save is waited for, and one that waits at its gate stays
 //!   there until another job of [`Goal::Disarm`] lets it through.
 
@@ -27,7 +28,7 @@ use std::time::Duration;
 
 use diorama_qemu::process::{Policy, set_thread_policy};
 use diorama_qemu::qmp::{Message, Parts, Timestamp};
-use diorama_switch::{Accounting, Epoch, Hold, InFlight, NetworkId, PortId, Recording, Time};
+use diorama_switch::{Epoch, Hold, InFlight, NetworkId, PeerId, PortId, Time};
 use serde_json::Value;
 
 use super::command::{Command, Monitor};
@@ -43,6 +44,8 @@ const DRAIN_POLL: Duration = Duration::from_micros(50);
 /// How many probe frames are sent, one after another. One shows that QEMU's receive queue was not blocked when
 /// it was read; a queue that is emptied bit by bit could let one through, and then the second waits.
 const PROBES: u32 = 2;
+/// What QEMU answers to a `cont` that comes a moment too early.
+const NOT_FINALIZED: &str = "Migration is not finalized yet";
 /// How long undoing may take before a machine is given up.
 const UNDO_BOUND: Duration = Duration::from_secs(5);
 
@@ -135,9 +138,9 @@ pub(crate) struct CutMachine {
 #[derive(Debug)]
 pub(crate) struct CutOutcome {
     pub(crate) machines: Vec<CutMachineResult>,
-    pub(crate) recording: Option<Recording>,
-    pub(crate) accounting: Vec<(NetworkId, Accounting)>,
     pub(crate) learned: Vec<(NetworkId, [u8; 6], PortId)>,
+    /// Frames of older colours that went to other hosts. Final.
+    pub(crate) sent: Vec<(PeerId, NetworkId, u64)>,
     pub(crate) failure: Option<CutFailure>,
 }
 
@@ -156,8 +159,6 @@ pub(crate) enum CutFailure {
     TornFrame { machine: String },
     #[error("machine {machine} did not get past {during} within {after_ms} ms")]
     TooLate { machine: String, during: &'static str, after_ms: u64 },
-    #[error("the frames in flight do not fit the recording ({bytes} bytes)")]
-    RecordingFull { bytes: usize },
     #[error("the environment has no data plane")]
     NoSegment,
     #[error("another cut of the environment is under way")]
@@ -273,7 +274,7 @@ impl LocalCut {
             }
         }
         if let Goal::Snapshot { epoch, in_flight } = cut.goal
-            && let Err(error) = segment.switch_mut().start_recording(epoch, in_flight)
+            && let Err(error) = segment.start_recording(epoch, in_flight)
         {
             cut.fail(CutFailure::Switch(error.to_string()), segment, io);
         }
@@ -610,17 +611,13 @@ impl LocalCut {
     }
 
     fn conclude(&mut self, segment: &mut Segment, io: &mut Io<'_>) {
-        let (recording, accounting) = match self.goal {
-            Goal::Snapshot { epoch, .. } => {
-                let recording = segment.switch_mut().stop_recording();
-                (recording, segment.accounting(epoch))
+        let mut sent = Vec::new();
+        if let Goal::Snapshot { epoch, .. } = self.goal {
+            if self.failure.is_some() {
+                segment.stop_recording(epoch, &[]);
             }
-            Goal::Disarm | Goal::Pause => (None, Vec::new()),
-        };
-        if let Some(recording) = &recording
-            && !recording.is_complete()
-        {
-            self.failure.get_or_insert(CutFailure::RecordingFull { bytes: recording.bytes });
+            let channels = segment.channels(epoch).into_iter();
+            sent.extend(channels.map(|(peer, network, counts)| (peer, network, counts.sent)));
         }
         schedule_this_thread(super::plane::POLICY);
         let held_at = self.held_at;
@@ -646,9 +643,8 @@ impl LocalCut {
             .collect();
         let outcome = CutOutcome {
             machines,
-            recording,
-            accounting,
             learned: std::mem::take(&mut self.learned),
+            sent,
             failure: self.failure.take(),
         };
         // Whoever asked may have been killed by a panic; the machines run on all the same.
@@ -843,6 +839,13 @@ impl Progress {
                         _ => {}
                     }
                 }
+                None
+            }
+            // Asked again: the migration says that it has completed before QEMU has left that state.
+            Message::Error { id: Some(id), desc, .. }
+                if is_cut && self.cont_id == Some(id) && desc == NOT_FINALIZED =>
+            {
+                self.cont_id = None;
                 None
             }
             Message::Error { id: Some(id), desc, .. } => {

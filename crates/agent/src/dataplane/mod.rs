@@ -16,9 +16,11 @@
 mod command;
 mod link;
 mod local_cut;
+mod peers;
 mod plane;
 mod segment;
 mod standalone;
+mod wire;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -27,8 +29,10 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 pub(crate) use command::{Command, Monitor, wait_until_read};
 pub(crate) use local_cut::{CutFailure, CutJob, CutMachine, CutOutcome, Goal, Resume};
+pub(crate) use peers::{PeerStatus, Span};
 pub(crate) use plane::{Plane, VCPU_NICE};
-pub(crate) use segment::{PortStatus, Segment, SegmentId};
+pub(crate) use segment::{PortStatus, Segment, SegmentId, Stopped};
+pub(crate) use wire::WireCounters;
 pub use standalone::switch_streams;
 
 /// Something to do on the data plane's thread.

@@ -1,6 +1,7 @@
 //! The data plane's thread: its event loop, and what it waits for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -8,7 +9,8 @@ use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
 use diorama_qemu::process::{Policy, set_thread_policy};
-use diorama_switch::{PortId, Time};
+use diorama_switch::{Epoch, NetworkId, PeerId, PortId, Time};
+use diorama_tunnel::ReceiveBatch;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::EventFd;
 use nix::sys::timer::{Expiration, TimerSetTimeFlags};
@@ -17,7 +19,9 @@ use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 use super::Task;
 use super::link::Scratch;
 use super::local_cut::{CutFailure, CutJob, CutOutcome, LocalCut};
-use super::segment::{Segment, SegmentId};
+use super::peers::Span;
+use super::segment::{Segment, SegmentId, Stopped};
+use super::wire::{Wire, WireCounters};
 
 /// The niceness of virtual CPUs' threads: QEMU's main loop and this thread go before them, or frames and cuts
 /// wait for guests that compute.
@@ -32,6 +36,7 @@ const EVENTS: usize = 128;
 enum Source {
     Tasks,
     Timer,
+    Wire,
     Port(SegmentId, PortId),
     Monitor(SegmentId, usize),
 }
@@ -41,6 +46,7 @@ impl Source {
         match self {
             Source::Tasks => 0,
             Source::Timer => 1,
+            Source::Wire => 4 << 60,
             Source::Port(segment, port) => 2 << 60 | u64::from(segment.0) << 28 | u64::from(port.0),
             Source::Monitor(segment, index) => 3 << 60 | u64::from(segment.0) << 28 | index as u64,
         }
@@ -52,6 +58,7 @@ impl Source {
         match datum >> 60 {
             2 => Source::Port(segment, PortId(index as u32)),
             3 => Source::Monitor(segment, index as usize),
+            4 => Source::Wire,
             _ if datum == 0 => Source::Tasks,
             _ => Source::Timer,
         }
@@ -62,6 +69,7 @@ impl Source {
 pub(super) struct Io<'a> {
     epoll: &'a Epoll,
     pub(super) scratch: &'a mut Scratch,
+    pub(super) wire: &'a mut Option<Wire>,
     origin: Instant,
 }
 
@@ -115,6 +123,10 @@ pub(crate) struct Plane {
     timer_set: Option<Time>,
     origin: Instant,
     scratch: Scratch,
+    /// The tunnels' socket, on a host of several.
+    wire: Option<Wire>,
+    wire_watched_writable: bool,
+    received: Option<ReceiveBatch>,
     segments: BTreeMap<SegmentId, Segment>,
     /// The segments that have a cut or a replay under way, and so need the clock.
     timed: Vec<SegmentId>,
@@ -135,6 +147,9 @@ impl Plane {
             timer_set: None,
             origin: Instant::now(),
             scratch: Scratch::new(),
+            wire: None,
+            wire_watched_writable: false,
+            received: None,
             segments: BTreeMap::new(),
             timed: Vec::new(),
             next_segment: 1,
@@ -158,6 +173,7 @@ impl Plane {
                 self.handle(Source::unpack(event.data()), event.events(), tasks);
             }
             self.advance_timed();
+            self.send_wire();
         }
     }
 
@@ -173,6 +189,9 @@ impl Plane {
     pub(crate) fn detach(&mut self, id: SegmentId) {
         // Closing a socket takes it out of epoll as well.
         self.segments.remove(&id);
+        if let Some(wire) = &mut self.wire {
+            wire.forget(id);
+        }
         self.timed.retain(|timed| *timed != id);
     }
 
@@ -206,6 +225,49 @@ impl Plane {
         self.note_timed(id);
     }
 
+    /// Opens the tunnels' socket. Done once, when this host joins others.
+    pub(crate) fn open_wire(&mut self, address: SocketAddr) -> std::io::Result<SocketAddr> {
+        let wire = Wire::bind(address)?;
+        self.epoll.add(wire.fd(), EpollEvent::new(EpollFlags::EPOLLIN, Source::Wire.pack()))?;
+        let address = wire.local_addr()?;
+        self.wire = Some(wire);
+        self.received.get_or_insert_with(ReceiveBatch::new);
+        Ok(address)
+    }
+
+    /// Says how an environment spans hosts. False when another environment of this host has one of its numbers, or there is
+    /// no tunnels' socket.
+    pub(crate) fn span(&mut self, id: SegmentId, span: Span) -> bool {
+        let (Some(wire), Some(segment)) = (&mut self.wire, self.segments.get_mut(&id)) else { return false };
+        let assigned = segment.networks().iter().zip(&span.vnis).all(|(network, vni)| wire.assign(*vni, id, *network));
+        if assigned {
+            segment.set_span(span);
+        } else {
+            wire.forget(id);
+        }
+        assigned
+    }
+
+    /// What the tunnels' socket has seen.
+    pub(crate) fn wire_counters(&self) -> Option<WireCounters> {
+        Some(self.wire.as_ref()?.counters)
+    }
+
+    /// Ends a cut's recording; see [`Segment::stop_recording`].
+    pub(crate) fn stop_recording(
+        &mut self,
+        id: SegmentId,
+        cut: Epoch,
+        sent: &[(PeerId, NetworkId, u64)],
+    ) -> Option<Stopped> {
+        Some(self.segments.get_mut(&id)?.stop_recording(cut, sent))
+    }
+
+    /// Puts every port of an environment at an epoch, if that is newer, and lets frames go that waited for it.
+    pub(crate) fn raise_epoch(&mut self, id: SegmentId, to: Epoch) {
+        self.with_io(id, |segment, io| segment.raise_epoch(to, io));
+    }
+
     /// Begins a local cut; `done` gets its outcome.
     pub(super) fn begin_cut(&mut self, id: SegmentId, job: CutJob, done: Sender<CutOutcome>) {
         let refused = match self.segments.get(&id) {
@@ -217,9 +279,8 @@ impl Plane {
             // The asker may have gone; nothing was begun.
             let _ = done.send(CutOutcome {
                 machines: Vec::new(),
-                recording: None,
-                accounting: Vec::new(),
                 learned: Vec::new(),
+                sent: Vec::new(),
                 failure: Some(failure),
             });
             return;
@@ -256,10 +317,68 @@ impl Plane {
                     }
                 });
             }
+            Source::Wire => {
+                if flags.contains(EpollFlags::EPOLLOUT) {
+                    self.wire_is_writable();
+                }
+                self.read_wire();
+            }
             Source::Monitor(id, index) => {
                 self.with_io(id, |segment, io| segment.monitor_readable(index, io));
             }
         }
+    }
+
+    /// Takes what other hosts sent.
+    fn read_wire(&mut self) {
+        let Some(mut batch) = self.received.take() else { return };
+        let mut touched = BTreeSet::new();
+        let now = self.now();
+        let segments = &mut self.segments;
+        Wire::receive(&mut self.wire, &mut batch, |wire, from, packet| {
+            let Some(wire) = wire else { return };
+            match wire.owner(packet).and_then(|(id, network)| Some((id, network, segments.get_mut(&id)?))) {
+                Some((id, network, segment)) => {
+                    segment.receive(from, network, packet, now);
+                    touched.insert(id);
+                }
+                None => wire.counters.foreign += 1,
+            }
+        });
+        self.received = Some(batch);
+        for id in touched {
+            self.with_io(id, Segment::flush_dirty);
+        }
+    }
+
+    /// Sends what this turn of the loop has brought for other hosts.
+    fn send_wire(&mut self) {
+        let Some(wire) = &mut self.wire else { return };
+        let blocked = !wire.send();
+        if blocked == self.wire_watched_writable {
+            return;
+        }
+        let flags = if blocked { EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT } else { EpollFlags::EPOLLIN };
+        let mut event = EpollEvent::new(flags, Source::Wire.pack());
+        if let Err(error) = self.epoll.modify(wire.fd(), &mut event) {
+            tracing::error!(%error, "epoll refuses to change the tunnels' socket");
+        }
+        self.wire_watched_writable = blocked;
+    }
+
+    fn wire_is_writable(&mut self) {
+        let ids: Vec<SegmentId> = self.segments.keys().copied().collect();
+        for id in ids {
+            if self.wire.as_mut().is_none_or(|wire| !wire.send()) {
+                return;
+            }
+            self.with_io(id, Segment::flush_all_peers);
+        }
+    }
+
+    /// The data plane's clock.
+    pub(crate) fn now(&self) -> Time {
+        Time(u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX))
     }
 
     fn advance_timed(&mut self) {
@@ -278,7 +397,7 @@ impl Plane {
         if let Some(due) = next
             && self.timer_set.is_none_or(|set| due < set)
         {
-            let now = Time(u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX));
+            let now = self.now();
             let wait = Duration::from_nanos(due.since_ns(now).max(1000));
             let expiration = Expiration::OneShot(wait.into());
             if let Err(error) = self.timer.set(expiration, TimerSetTimeFlags::empty()) {
@@ -296,7 +415,12 @@ impl Plane {
 
     fn with_io<R>(&mut self, id: SegmentId, task: impl FnOnce(&mut Segment, &mut Io<'_>) -> R) -> Option<R> {
         let segment = self.segments.get_mut(&id)?;
-        let mut io = Io { epoll: &self.epoll, scratch: &mut self.scratch, origin: self.origin };
+        let mut io = Io {
+            epoll: &self.epoll,
+            scratch: &mut self.scratch,
+            wire: &mut self.wire,
+            origin: self.origin,
+        };
         Some(task(segment, &mut io))
     }
 }
@@ -320,6 +444,7 @@ mod tests {
             Source::Port(SegmentId(1), PortId(0)),
             Source::Port(SegmentId(u32::MAX), PortId(0xfff_ffff)),
             Source::Monitor(SegmentId(77), 999),
+            Source::Wire,
         ] {
             assert_eq!(Source::unpack(source.pack()), source);
         }

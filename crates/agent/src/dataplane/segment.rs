@@ -5,11 +5,13 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 
 use diorama_switch::{
-    Accounting, Epoch, Hold, NetworkCounters, NetworkId, PortCounters, PortId, Switch, Time,
+    Accounting, Epoch, Hold, InFlight, NetworkCounters, NetworkId, PeerId, PortCounters, PortId, Recording,
+    RecordingActive, Switch, Time,
 };
 
 use super::link::{Link, ReadOutcome};
 use super::local_cut::LocalCut;
+use super::peers::{Peers, Span};
 use super::plane::Io;
 
 /// Names a segment for as long as the agent runs.
@@ -39,6 +41,15 @@ pub(crate) struct PortStatus {
     pub(crate) counters: PortCounters,
 }
 
+/// What was recorded of a cut, and how its frames add up.
+#[derive(Debug)]
+pub(crate) struct Stopped {
+    /// None when nothing was recorded.
+    pub(crate) recording: Option<Recording>,
+    /// Each network's.
+    pub(crate) accounting: Vec<(NetworkId, Accounting)>,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Segment {
@@ -47,6 +58,9 @@ pub(crate) struct Segment {
     networks: Vec<NetworkId>,
     ports: BTreeMap<PortId, Port>,
     cut: Option<LocalCut>,
+    /// Frames in flight are being recorded.
+    recording: bool,
+    peers: Option<Peers>,
     replays: VecDeque<Replay>,
     /// When the machines went on, once they have.
     replay_since: Option<Time>,
@@ -61,7 +75,75 @@ impl Segment {
         ports: Vec<(PortId, [u8; 6])>,
     ) -> Self {
         let ports = ports.into_iter().map(|(id, mac)| (id, Port { mac, link: None })).collect();
-        Self { id, switch, networks, ports, cut: None, replays: VecDeque::new(), replay_since: None }
+        Self {
+            id,
+            switch,
+            networks,
+            ports,
+            cut: None,
+            recording: false,
+            peers: None,
+            replays: VecDeque::new(),
+            replay_since: None,
+        }
+    }
+
+    pub(super) fn set_span(&mut self, span: Span) {
+        self.peers = Some(Peers::new(span));
+    }
+
+    pub(super) fn peers(&self) -> Option<&Peers> {
+        self.peers.as_ref()
+    }
+
+    pub(super) fn peers_mut(&mut self) -> Option<&mut Peers> {
+        self.peers.as_mut()
+    }
+
+    pub(super) fn switch_and_peers(&mut self) -> Option<(&mut Switch, &mut Peers)> {
+        Some((&mut self.switch, self.peers.as_mut()?))
+    }
+
+    pub(super) fn networks(&self) -> &[NetworkId] {
+        &self.networks
+    }
+
+    pub(super) fn is_recording(&self) -> bool {
+        self.recording
+    }
+
+    pub(super) fn start_recording(
+        &mut self,
+        cut: Epoch,
+        in_flight: InFlight,
+    ) -> Result<(), RecordingActive> {
+        self.switch.start_recording(cut, in_flight)?;
+        self.recording = true;
+        Ok(())
+    }
+
+    /// Ends the recording of a cut and draws up its accounts. `sent` is what other hosts sent of older colours, as they count
+    /// it: what has not come of it is lost from now on.
+    pub(crate) fn stop_recording(&mut self, cut: Epoch, sent: &[(PeerId, NetworkId, u64)]) -> Stopped {
+        for (peer, network, sent) in sent {
+            self.switch.close_channel(*peer, *network, cut, *sent);
+        }
+        self.recording = false;
+        Stopped { recording: self.switch.stop_recording(), accounting: self.accounting(cut) }
+    }
+
+    /// Puts every port at an epoch that is newer: there is no cut to make here for it, and frames must flow.
+    pub(super) fn raise_epoch(&mut self, to: Epoch, io: &mut Io<'_>) {
+        let now = io.now();
+        let ports: Vec<PortId> = self.ports.keys().copied().collect();
+        for port in ports {
+            if self.switch.epoch(port) < to
+                && let Err(error) = self.switch.advance_epoch(port, to, now)
+            {
+                tracing::error!(%error, "a port's epoch cannot be raised");
+            }
+        }
+        self.flush_dirty(io);
     }
 
     pub(super) fn id(&self) -> SegmentId {
@@ -103,7 +185,7 @@ impl Segment {
         self.switch.network_counters(network)
     }
 
-    pub(super) fn accounting(&self, cut: Epoch) -> Vec<(NetworkId, Accounting)> {
+    fn accounting(&self, cut: Epoch) -> Vec<(NetworkId, Accounting)> {
         self.networks
             .iter()
             .filter_map(|network| Some((*network, self.switch.accounting(*network, cut)?)))
@@ -246,12 +328,12 @@ impl Segment {
         result != 0 || bytes == 0
     }
 
-    fn flush_dirty(&mut self, io: &mut Io<'_>) {
+    pub(super) fn flush_dirty(&mut self, io: &mut Io<'_>) {
         while let Some(port) = self.switch.pop_dirty() {
             self.flush(port, io);
         }
-        // One host: every machine is cut in the same job, so that nobody needs to be told.
-        while self.switch.pop_cut_wanted().is_some() {}
+        self.flush_peers(io);
+        self.tell_newer_colours();
     }
 
     fn replay(&mut self, io: &mut Io<'_>) {

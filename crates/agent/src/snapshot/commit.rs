@@ -12,12 +12,14 @@ use diorama_store::{
     Accounting, BaseRecord, Capture as StoredCapture, CutRecord, DiskRecord, Dropped, FORMAT, Hardware,
     LayerFormat, LearnedRecord, MachineRecord, Manifest, NetworkRecord, Piece, Receipt, StoredFrame, Writer,
 };
-use diorama_switch::PortId;
+use diorama_switch::{NetworkId, PeerId, PortId};
 
+use super::part::HostPart;
 use super::prepare::capture_error;
 use super::{Attempt, Machine};
 use crate::Agent;
 use crate::capture::Capture;
+use crate::dataplane::CutOutcome;
 use crate::hardware;
 use crate::operation::Operation;
 use crate::problem::{io_error, store_error};
@@ -29,9 +31,23 @@ const STORE_NICE: i32 = 10;
 
 impl Attempt<'_> {
     /// Puts the frames in flight into the store and says how they add up.
-    pub(super) fn store_frames(&mut self) -> Result<Vec<NetworkFrames>, ApiError> {
-        let outcome = self.outcome.as_ref().ok_or_else(|| defect("frames without a cut"))?;
-        let frames: Vec<StoredFrame> = outcome
+    ///
+    /// `sent` is what other hosts sent before the cut.
+    pub(super) fn store_frames(
+        &mut self,
+        sent: Vec<(PeerId, NetworkId, u64)>,
+    ) -> Result<Vec<NetworkFrames>, ApiError> {
+        self.stop_recording(sent);
+        let stopped = self.stopped.as_ref().ok_or_else(|| defect("frames without a cut"))?;
+        if let Some(recording) = &stopped.recording
+            && !recording.is_complete()
+        {
+            return Err(ApiError::new(
+                ErrorKind::CutFailed,
+                format!("the frames in flight do not fit the recording ({} bytes)", recording.bytes),
+            ));
+        }
+        let frames: Vec<StoredFrame> = stopped
             .recording
             .iter()
             .flat_map(|recording| &recording.frames)
@@ -51,7 +67,7 @@ impl Attempt<'_> {
             .collect();
         let writer = self.writer.as_ref().ok_or_else(|| defect("frames without a writer"))?;
         self.frames = Some(writer.put_frames(&frames).map_err(store_error)?);
-        Ok(outcome
+        Ok(stopped
             .accounting
             .iter()
             .map(|(network, accounting)| NetworkFrames {
@@ -64,7 +80,8 @@ impl Attempt<'_> {
                         queue_full: accounting.dropped.queue_full,
                         link_loss: accounting.dropped.link_loss,
                         wire_loss: accounting.dropped.wire_loss,
-                        no_receiver: accounting.dropped.no_receiver + accounting.dropped.cut_drop,
+                        no_receiver: accounting.dropped.no_receiver,
+                        cut_drop: accounting.dropped.cut_drop,
                     },
                 },
             })
@@ -86,7 +103,7 @@ impl Attempt<'_> {
         }
     }
 
-    fn try_store_machines(&mut self) -> Result<Vec<MachineRecord>, ApiError> {
+    pub(super) fn try_store_machines(&mut self) -> Result<Vec<MachineRecord>, ApiError> {
         let captures: Vec<Option<Capture>> =
             self.machines.iter_mut().map(|machine| machine.capture.take()).collect();
         self.operation.step("storing");
@@ -143,6 +160,7 @@ impl Attempt<'_> {
 
     fn manifest(&mut self) -> Result<Manifest, ApiError> {
         let outcome = self.outcome.as_ref().ok_or_else(|| defect("a manifest without a cut"))?;
+        let stopped = self.stopped.as_ref().ok_or_else(|| defect("a manifest without accounts"))?;
         let writer = self.writer.as_ref().ok_or_else(|| defect("a manifest without a writer"))?;
         let cut_times: Vec<u64> = outcome
             .machines
@@ -156,20 +174,13 @@ impl Attempt<'_> {
             _ => 0,
         };
         let networks = self.record.specification.networks.iter().enumerate().map(|(index, network)| {
-            let accounting = outcome.accounting.iter().find(|(id, _)| usize::from(id.0) == index);
-            let learned = outcome.learned.iter().filter(|(id, _, _)| usize::from(id.0) == index);
+            let accounting = stopped.accounting.iter().find(|(id, _)| usize::from(id.0) == index);
             NetworkRecord {
                 name: network.name.to_string(),
                 accounting: accounting
                     .map(|(_, accounting)| stored_accounting(accounting))
                     .unwrap_or_default(),
-                learned: learned
-                    .filter_map(|(_, mac, port)| {
-                        let (machine, nic) = self.port_owner(*port)?;
-                        let mac = diorama_topology::MacAddress::new(*mac).ok()?.to_string();
-                        Some(LearnedRecord { mac, machine, nic })
-                    })
-                    .collect(),
+                learned: self.learned(outcome, index),
             }
         });
         Ok(Manifest {
@@ -195,6 +206,29 @@ impl Attempt<'_> {
             bytes: writer.bytes(),
             machines: std::mem::take(&mut self.written),
         })
+    }
+
+    /// What this host adds to the snapshot of an environment that spans several.
+    pub(super) fn host_part(&self) -> Result<HostPart, ApiError> {
+        let outcome = self.outcome.as_ref().ok_or_else(|| defect("a report without a cut"))?;
+        let networks = 0..self.record.specification.networks.len();
+        Ok(HostPart {
+            frames: self.frames.clone().ok_or_else(|| defect("a report without frames"))?,
+            learned: networks.map(|index| self.learned(outcome, index)).collect(),
+        })
+    }
+
+    fn learned(&self, outcome: &CutOutcome, network: usize) -> Vec<LearnedRecord> {
+        outcome
+            .learned
+            .iter()
+            .filter(|(id, _, _)| usize::from(id.0) == network)
+            .filter_map(|(_, mac, port)| {
+                let (machine, nic) = self.port_owner(*port)?;
+                let mac = diorama_topology::MacAddress::new(*mac).ok()?.to_string();
+                Some(LearnedRecord { mac, machine, nic })
+            })
+            .collect()
     }
 
     /// Which machine's which NIC a port is.

@@ -17,25 +17,29 @@
 mod commit;
 mod compact;
 mod frozen;
+mod part;
 mod prepare;
 
+pub(crate) use part::{CapturedMachine, HostPart, PartWorker, Post};
 pub(crate) use commit::modified;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use diorama_api::{
     ApiError, CaptureMode, CreateSnapshotRequest, ErrorKind, InFlightPolicy, MachineState, SnapshotReport,
 };
 use diorama_cut::loopback::{Action, Event, Loopback};
-use diorama_cut::{Config, Epoch, MachineCut, Outcome, Taken};
+use diorama_cut::report::ChannelCount;
+use diorama_cut::{Channel, Config, Epoch, MachineCut, Outcome, Taken};
 use diorama_qemu::capability::{self, BackgroundSnapshot};
 use diorama_store::{SnapshotId, Writer};
+use diorama_switch::{NetworkId, PeerId};
 
 use crate::Agent;
 use crate::capture::Capture;
-use crate::dataplane::{CutJob, CutOutcome, Goal};
+use crate::dataplane::{CutJob, CutOutcome, Goal, SegmentId, Stopped};
 use crate::keeper::Keeper;
 use crate::operation::Operation;
 use crate::problem::{cut_error, store_error};
@@ -70,6 +74,10 @@ pub(crate) struct Attempt<'a> {
     /// The monitors for the cut.
     monitors: Vec<prepare::Monitors>,
     outcome: Option<CutOutcome>,
+    /// Frames in flight are being recorded there.
+    recording: Option<(SegmentId, diorama_switch::Epoch)>,
+    /// What was recorded.
+    stopped: Option<Stopped>,
     created: String,
     frames: Option<diorama_store::FileRecord>,
     written: Vec<diorama_store::MachineRecord>,
@@ -116,30 +124,13 @@ impl Agent {
         refuse_broken(&record, &states)?;
         let name = self.choose_name(environment, request.name)?;
         let (capture, may_fall_back) = self.choose_capture(request.capture, operation)?;
-        let mut attempt = Attempt {
-            agent: self,
-            slot: Arc::clone(&slot),
-            operation,
-            started,
-            record,
-            states: states.into_iter().map(|(state, _)| state).collect(),
-            name,
-            message: request.message.unwrap_or_default(),
-            capture,
-            may_fall_back,
-            in_flight: request.in_flight,
-            writer: None,
-            files: None,
-            machines: Vec::new(),
-            keeper: None,
-            monitors: Vec::new(),
-            outcome: None,
-            created: String::new(),
-            frames: None,
-            written: Vec::new(),
-            id: None,
-            error: None,
-        };
+        let mut attempt = Attempt::new(self, &slot, operation, record, states);
+        attempt.started = started;
+        attempt.name = name;
+        attempt.message = request.message.unwrap_or_default();
+        attempt.capture = capture;
+        attempt.may_fall_back = may_fall_back;
+        attempt.in_flight = request.in_flight;
         let id = attempt.run()?;
         Ok(crate::snapshots::report(&self.store.load(&id).map_err(store_error)?))
     }
@@ -189,6 +180,44 @@ impl Agent {
             hint.map(|hint| format!(". To mend it: {hint}")).unwrap_or_default(),
         ));
         Ok((CaptureMode::Precopy, false))
+    }
+}
+
+impl<'a> Attempt<'a> {
+    /// An attempt at an environment whose machines are in these states: live, frames in flight recorded, without a name.
+    fn new(
+        agent: &'a Agent,
+        slot: &Arc<Slot>,
+        operation: &'a Operation,
+        record: Record,
+        states: Vec<(MachineState, Option<String>)>,
+    ) -> Self {
+        Self {
+            agent,
+            slot: Arc::clone(slot),
+            operation,
+            started: Instant::now(),
+            record,
+            states: states.into_iter().map(|(state, _)| state).collect(),
+            name: String::new(),
+            message: String::new(),
+            capture: CaptureMode::Live,
+            may_fall_back: false,
+            in_flight: InFlightPolicy::Record,
+            writer: None,
+            files: None,
+            machines: Vec::new(),
+            keeper: None,
+            monitors: Vec::new(),
+            outcome: None,
+            recording: None,
+            stopped: None,
+            created: String::new(),
+            frames: None,
+            written: Vec::new(),
+            id: None,
+            error: None,
+        }
     }
 }
 
@@ -253,7 +282,7 @@ impl Attempt<'_> {
                 Ok(taken) => Event::CutDone(taken),
                 Err(error) => self.failed(error, Event::CutFailed),
             },
-            Action::StopRecording => match self.store_frames() {
+            Action::StopRecording => match self.store_frames(Vec::new()) {
                 Ok(frames) => Event::RecordingStopped(frames),
                 Err(error) => self.failed(error, Event::CaptureFailed),
             },
@@ -306,18 +335,35 @@ impl Attempt<'_> {
         if let Some(failure) = &outcome.failure {
             return Err(cut_error(failure));
         }
+        self.recording = Some((segment, diorama_switch::Epoch(epoch.0)));
+        let now = self.agent.plane.call(|plane| plane.now());
+        let wall_now = wall_clock_us();
         let machines = outcome
             .machines
             .iter()
             .map(|machine| MachineCut {
                 machine: machine.name.clone(),
-                cut_at_us: machine.cut_at.map_or(0, |at| at.0 / 1000),
+                cut_at_us: machine.cut_at.map_or(0, |at| wall_now.saturating_sub(now.since_ns(at) / 1000)),
                 pause_us: machine.pause_us,
                 stall_us: machine.stall_us,
             })
             .collect();
+        let state = self.slot.state();
+        let peers = state.running.as_ref().map(|running| running.peers.as_slice()).unwrap_or_default();
+        let sent = outcome
+            .sent
+            .iter()
+            .filter(|(_, _, copies)| *copies > 0)
+            .filter_map(|(peer, network, copies)| {
+                let (participant, _) = peers.iter().find(|(_, known)| known == peer)?;
+                let channel =
+                    Channel { peer: *participant, network: diorama_cut::NetworkId(network.0) };
+                Some(ChannelCount { channel, copies: *copies })
+            })
+            .collect();
+        drop(state);
         self.outcome = Some(outcome);
-        Ok(Taken { machines, sent: Vec::new() })
+        Ok(Taken { machines, sent })
     }
 
     /// The overlays are active from the pivot on, whatever becomes of the snapshot.
@@ -331,6 +377,13 @@ impl Attempt<'_> {
         self.record.save(&self.slot.folder(&self.agent.folders))?;
         self.slot.state().record = Some(self.record.clone());
         Ok(())
+    }
+
+    /// Ends the recording of frames in flight, if one is under way. `sent` is what other hosts sent before the cut.
+    fn stop_recording(&mut self, sent: Vec<(PeerId, NetworkId, u64)>) {
+        if let Some((segment, cut)) = self.recording.take() {
+            self.stopped = self.agent.plane.call(move |plane| plane.stop_recording(segment, cut, &sent));
+        }
     }
 
     fn keep(&mut self) {
@@ -349,6 +402,8 @@ impl Attempt<'_> {
     }
 
     fn discard(&mut self) {
+        // What it recorded is of no use.
+        self.stop_recording(Vec::new());
         self.end_captures();
         self.remove_unused_overlays();
         self.files = None;
@@ -374,6 +429,12 @@ impl Attempt<'_> {
         self.error.get_or_insert(error);
         event(detail)
     }
+}
+
+/// Microseconds since 1970, UTC, as this host's clock has them.
+fn wall_clock_us() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn refuse_broken(record: &Record, states: &[(MachineState, Option<String>)]) -> Result<(), ApiError> {

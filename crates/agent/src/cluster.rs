@@ -1,0 +1,454 @@
+//! The cluster, as this host's agent has it: its membership, the directory, and the way to other hosts' agents.
+//!
+//! Kept in the folder `cluster` of Diorama's home: this host's key and certificate, and [`Config`]. A host without that
+//! folder is alone, and nothing here runs.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use diorama_api::client::{Answering, Client};
+use diorama_api::{
+    ApiError, ErrorKind, HostInfo, HostState, InitHostRequest, JoinHostRequest, TokenReply, TokenRequest,
+};
+use diorama_cluster::admission::{self, Admission, AdmissionError};
+use diorama_cluster::channel::{Lane, Peers};
+use diorama_cluster::directory::{DirectoryError, EtcdConfig, HostStatus, Options};
+use diorama_cluster::identity::tls::Tls;
+use diorama_cluster::identity::{Authority, Credentials, JoinToken};
+use diorama_cluster::{Directory, HostId};
+use diorama_topology::{HostName, LabelName, LabelValue};
+use http_body_util::BodyExt;
+use serde::{Deserialize, Serialize};
+
+use crate::Agent;
+use crate::problem::io_error;
+
+/// How long the directory may take to be there when something cannot go on without it.
+const DIRECTORY_LIMIT: Duration = Duration::from_secs(10);
+/// What a QEMU process takes beside its machine's memory, as placement counts it.
+pub(crate) const MACHINE_OVERHEAD_BYTES: u64 = 64 << 20;
+/// How often a host says what it has.
+const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(2);
+const CONFIG_FILE: &str = "config.json";
+
+/// What this host told of itself when it joined.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Config {
+    /// Where other hosts reach its agent (TCP), and its tunnels (UDP, the same port).
+    pub(crate) address: SocketAddr,
+    pub(crate) labels: BTreeMap<LabelName, LabelValue>,
+    pub(crate) etcd: EtcdConfig,
+}
+
+/// A cluster that this host is in.
+#[derive(Debug)]
+pub(crate) struct Cluster {
+    pub(crate) directory: Directory,
+    pub(crate) peers: Peers,
+    pub(crate) id: HostId,
+    pub(crate) name: HostName,
+    pub(crate) config: Config,
+    pub(crate) tls: Tls,
+    pub(crate) admission: Option<Arc<Admission>>,
+    runtime: tokio::runtime::Handle,
+}
+
+/// What a host's announcement says beside what the cluster itself knows of.
+#[derive(Debug, Serialize, Deserialize)]
+struct Announced {
+    tunnel: SocketAddr,
+    machines: usize,
+}
+
+impl Config {
+    fn file(folder: &Path) -> PathBuf {
+        folder.join(CONFIG_FILE)
+    }
+
+    /// Of a host that is in a cluster.
+    pub(crate) fn load(folder: &Path) -> Result<Option<Self>, ApiError> {
+        let file = Self::file(folder);
+        match std::fs::read(&file) {
+            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| {
+                ApiError::new(ErrorKind::Corrupt, format!("{}: {error}", file.display()))
+                    .hint("`diorama host join` with a new token writes it anew")
+            }),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(io_error(&file, &error)),
+        }
+    }
+
+    fn save(&self, folder: &Path) -> Result<(), ApiError> {
+        let file = Self::file(folder);
+        let new = file.with_extension("new");
+        let text = serde_json::to_vec_pretty(self).expect("a configuration has string keys");
+        std::fs::write(&new, text)
+            .and_then(|()| std::fs::rename(&new, &file))
+            .map_err(|error| io_error(&file, &error))
+    }
+}
+
+impl Cluster {
+    /// Opens what is in the folder. Does not wait for the directory. Must be called within a tokio runtime.
+    pub(crate) fn open(folder: &Path, config: Config) -> Result<Arc<Self>, ApiError> {
+        let credentials = Credentials::open(folder).map_err(internal)?.ok_or_else(|| {
+            ApiError::new(ErrorKind::Corrupt, format!("{}: this host's key or certificate is missing", folder.display()))
+                .hint("`diorama host join` with a new token makes this host a member again")
+        })?;
+        let options = Options { remembered: Some(folder.join("view.json")), ..Options::default() };
+        let directory =
+            Directory::etcd(&config.etcd, credentials.cluster(), credentials.host_id(), options).map_err(internal)?;
+        let tls = Tls::new(&credentials, directory.members()).map_err(internal)?;
+        let admission = match Authority::open(folder) {
+            Ok(authority) => {
+                Some(Arc::new(Admission::new(authority, directory.clone(), config.etcd.clone())))
+            }
+            // Hosts that joined have none.
+            Err(_) => None,
+        };
+        Ok(Arc::new(Self {
+            peers: Peers::new(tls.clone()),
+            id: credentials.host_id(),
+            name: credentials.name().clone(),
+            directory,
+            tls,
+            admission,
+            config,
+            runtime: tokio::runtime::Handle::current(),
+        }))
+    }
+
+    /// Waits for something of the cluster's, on a thread that may block.
+    pub(crate) fn wait<T>(&self, future: impl Future<Output = T>) -> T {
+        self.runtime.block_on(future)
+    }
+
+    /// Does something of the cluster's in the background.
+    pub(crate) fn spawn(&self, future: impl Future<Output = ()> + Send + 'static) {
+        self.runtime.spawn(future);
+    }
+
+    /// A host's id by its name.
+    pub(crate) fn host_id(&self, name: &str) -> Result<HostId, ApiError> {
+        self.directory.view().members.named(name).map(|member| member.id).ok_or_else(|| {
+            ApiError::new(ErrorKind::NotFound, format!("the cluster has no host `{name}`"))
+                .hint("`diorama host list` shows them")
+        })
+    }
+
+    /// A client of another host's agent.
+    pub(crate) fn client(&self, host: HostId) -> Client {
+        let peers = self.peers.clone();
+        Client::of_host(Arc::new(move |request| {
+            let peers = peers.clone();
+            let answering: Answering = Box::pin(async move {
+                let request = request.map(|body| Body::new(body.map_err(|never| match never {})));
+                peers.send(host, Lane::Bulk, request).await.map_err(|error| error.to_string())
+            });
+            answering
+        }))
+    }
+
+    /// Where a host's tunnels end, as it says.
+    pub(crate) fn tunnel(&self, host: HostId) -> Option<SocketAddr> {
+        let view = self.directory.view();
+        let status = view.hosts.get(&host)?;
+        serde_json::from_value::<Announced>(status.value.detail.clone()).ok().map(|announced| announced.tunnel)
+    }
+
+    /// Whether a host is known to be gone: it is no member any more, or its lease has ended.
+    pub(crate) fn is_lost(&self, name: &str) -> bool {
+        let view = self.directory.view();
+        view.is_fresh() && view.members.named(name).is_none_or(|member| !view.is_alive(member.id))
+    }
+}
+
+impl Agent {
+    pub(crate) fn cluster_folder(&self) -> PathBuf {
+        self.folders.home().join("cluster")
+    }
+
+    /// The cluster, on a host that is in one.
+    pub(crate) fn cluster(&self) -> Option<&Arc<Cluster>> {
+        self.cluster.get()
+    }
+
+    /// The cluster, or an error that says how to get into one.
+    pub(crate) fn cluster_or_error(&self) -> Result<&Arc<Cluster>, ApiError> {
+        self.cluster().ok_or_else(|| {
+            ApiError::new(ErrorKind::WrongState, "this host is in no cluster")
+                .hint("`diorama host init` makes one, `diorama host join TOKEN` enters one")
+        })
+    }
+
+    /// Makes a cluster of this host.
+    pub(crate) async fn init_host(self: &Arc<Self>, request: InitHostRequest) -> Result<HostInfo, ApiError> {
+        let folder = self.cluster_folder();
+        self.refuse_second_cluster()?;
+        make_private(&folder)?;
+        let name = host_name(&request.name)?;
+        let config = Config {
+            address: request.address,
+            labels: labels(&request.labels)?,
+            etcd: EtcdConfig::at(request.etcd.iter().cloned()),
+        };
+        self.check_wire(config.address)?;
+        let options = Options { remembered: Some(folder.join("view.json")), ..Options::default() };
+        admission::found(&folder, name, vec![config.address], &config.etcd, options).await.map_err(admission_error)?;
+        self.enter_cluster(config).await
+    }
+
+    /// Enters the cluster of a token.
+    pub(crate) async fn join_host(self: &Arc<Self>, request: JoinHostRequest) -> Result<HostInfo, ApiError> {
+        let folder = self.cluster_folder();
+        self.refuse_second_cluster()?;
+        make_private(&folder)?;
+        let name = host_name(&request.name)?;
+        let token: JoinToken = request.token.parse().map_err(|error: diorama_cluster::identity::TokenError| {
+            ApiError::new(ErrorKind::Invalid, error.to_string())
+                .hint("a member makes one: `diorama host token`; copy it whole")
+        })?;
+        self.check_wire(request.address)?;
+        let (_, etcd) =
+            admission::join(&folder, &token, name, vec![request.address]).await.map_err(admission_error)?;
+        self.enter_cluster(Config { address: request.address, labels: labels(&request.labels)?, etcd }).await
+    }
+
+    fn refuse_second_cluster(&self) -> Result<(), ApiError> {
+        let Some(cluster) = self.cluster() else { return Ok(()) };
+        Err(ApiError::new(
+            ErrorKind::WrongState,
+            format!("this host is in a cluster already, as `{}`", cluster.name),
+        )
+        .hint("`diorama host remove` on another host takes it out"))
+    }
+
+    /// Whether tunnels could end here, before anything is written.
+    fn check_wire(&self, address: SocketAddr) -> Result<(), ApiError> {
+        std::net::UdpSocket::bind(address)
+            .and_then(|_| std::net::TcpListener::bind(address))
+            .map(drop)
+            .map_err(|error| {
+                ApiError::new(ErrorKind::Invalid, format!("other hosts cannot be listened to at {address}: {error}"))
+                    .hint("the address must be one of this host's, and its port free for UDP and TCP")
+            })
+    }
+
+    async fn enter_cluster(self: &Arc<Self>, config: Config) -> Result<HostInfo, ApiError> {
+        config.save(&self.cluster_folder())?;
+        self.start_cluster(config).await?;
+        let cluster = self.cluster_or_error()?;
+        cluster.directory.fresh(DIRECTORY_LIMIT).await.map_err(directory_error)?;
+        self.announce();
+        let name = cluster.name.to_string();
+        let hosts = self.hosts()?;
+        hosts.into_iter().find(|host| host.name == name).ok_or_else(|| {
+            ApiError::new(ErrorKind::Agent, "the cluster does not show this host yet").hint("look again in a moment")
+        })
+    }
+
+    /// Begins to be a member: the listener for other hosts, sessions, announcements.
+    pub(crate) async fn start_cluster(self: &Arc<Self>, config: Config) -> Result<(), ApiError> {
+        let address = config.address;
+        let cluster = Cluster::open(&self.cluster_folder(), config)?;
+        let listener = tokio::net::TcpListener::bind(address).await.map_err(|error| {
+            ApiError::new(ErrorKind::Io, format!("cannot listen for other hosts at {address}: {error}"))
+        })?;
+        self.open_wire(address)?;
+        let server = diorama_cluster::channel::Server::new(
+            cluster.tls.clone(),
+            cluster.admission.clone(),
+            crate::http::peer_router(Arc::clone(self)),
+        );
+        // The agent's end ends it: machines run on, and the lease with them for a moment.
+        tokio::spawn(server.serve(listener, std::future::pending()));
+        let _ = self.cluster.set(cluster);
+        self.keep_sessions()
+            .map_err(|error| ApiError::new(ErrorKind::Io, format!("a thread cannot be started: {error}")))?;
+        let agent = Arc::downgrade(self);
+        tokio::spawn(async move {
+            while let Some(agent) = agent.upgrade() {
+                agent.announce();
+                drop(agent);
+                tokio::time::sleep(ANNOUNCE_INTERVAL).await;
+            }
+        });
+        Ok(())
+    }
+
+    /// Opens the tunnels' socket, once.
+    pub(crate) fn open_wire(&self, address: SocketAddr) -> Result<(), ApiError> {
+        let opened = self.plane.call(move |plane| match plane.wire_counters() {
+            Some(_) => Ok(()),
+            None => plane.open_wire(address).map(drop),
+        });
+        opened.map_err(|error| ApiError::new(ErrorKind::Io, format!("tunnels cannot end at {address}: {error}")))
+    }
+
+    /// Says what this host has.
+    fn announce(&self) {
+        let Some(cluster) = self.cluster() else { return };
+        let free = crate::hardware::free_memory_bytes();
+        let announced = Announced { tunnel: cluster.config.address, machines: self.slots.running().len() };
+        cluster.directory.announce(HostStatus {
+            labels: cluster.config.labels.clone(),
+            // Not each page that comes and goes.
+            free_memory_bytes: free >> 26 << 26,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            detail: serde_json::to_value(announced).unwrap_or_default(),
+        });
+    }
+
+    /// All hosts of the cluster.
+    pub(crate) fn hosts(&self) -> Result<Vec<HostInfo>, ApiError> {
+        let cluster = self.cluster_or_error()?;
+        let view = cluster.directory.view();
+        let mut hosts: Vec<HostInfo> = view
+            .members
+            .iter()
+            .map(|member| {
+                let status = view.hosts.get(&member.id).map(|status| &status.value);
+                let machines = view.environments.values().flat_map(|record| record.value.placement.values());
+                HostInfo {
+                    name: member.name.to_string(),
+                    id: member.id.to_string(),
+                    state: match (status.is_some(), member.draining) {
+                        (false, _) => HostState::Lost,
+                        (true, true) => HostState::Draining,
+                        (true, false) => HostState::Ready,
+                    },
+                    this: member.id == cluster.id,
+                    addresses: member.addresses.iter().map(ToString::to_string).collect(),
+                    labels: status
+                        .map(|status| {
+                            let labels = status.labels.iter();
+                            labels.map(|(name, value)| (name.to_string(), value.to_string())).collect()
+                        })
+                        .unwrap_or_default(),
+                    free_memory_bytes: status.map_or(0, |status| status.free_memory_bytes),
+                    machines: u32::try_from(machines.filter(|host| **host == member.id).count()).unwrap_or(u32::MAX),
+                    version: status.map(|status| status.version.clone()).unwrap_or_default(),
+                }
+            })
+            .collect();
+        hosts.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(hosts)
+    }
+
+    /// A token for hosts that are to join.
+    pub(crate) async fn make_token(&self, request: TokenRequest) -> Result<TokenReply, ApiError> {
+        let cluster = self.cluster_or_error()?;
+        let Some(admission) = &cluster.admission else {
+            return Err(ApiError::new(ErrorKind::WrongState, "this host cannot admit others")
+                .hint("ask the host that made the cluster: `diorama host token` there"));
+        };
+        let valid_for = Duration::from_secs(request.valid_s);
+        let token = admission
+            .create_token(valid_for, request.uses, vec![cluster.config.address])
+            .await
+            .map_err(admission_error)?;
+        Ok(TokenReply { token: token.to_string() })
+    }
+
+    /// Lets a host get no new machines, or get them again.
+    pub(crate) async fn drain_host(&self, name: &str, drain: bool) -> Result<HostInfo, ApiError> {
+        let cluster = self.cluster_or_error()?;
+        let id = cluster.host_id(name)?;
+        cluster.directory.change_member(id, |member| member.draining = drain).await.map_err(directory_error)?;
+        let hosts = self.hosts()?;
+        hosts.into_iter().find(|host| host.name == name).ok_or_else(|| {
+            ApiError::new(ErrorKind::NotFound, format!("host `{name}` was removed meanwhile"))
+        })
+    }
+
+    /// Takes a host out of the cluster.
+    pub(crate) async fn remove_host(&self, name: &str, force: bool) -> Result<(), ApiError> {
+        let cluster = self.cluster_or_error()?;
+        let id = cluster.host_id(name)?;
+        let view = cluster.directory.view();
+        let used = view.environments.values().find(|record| record.value.hosts().contains(&id));
+        if let (Some(record), false) = (used, force) {
+            return Err(ApiError::new(
+                ErrorKind::WrongState,
+                format!("environment `{}` has machines on host `{name}`", record.value.name()),
+            )
+            .hint("stop it, or restore it elsewhere (`diorama host drain`, then `diorama restore`); `--force` removes the host all the same"));
+        }
+        cluster.directory.remove_member(id).await.map_err(directory_error)
+    }
+}
+
+fn make_private(folder: &Path) -> Result<(), ApiError> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
+        .map_err(|error| io_error(folder, &error))
+}
+
+fn host_name(text: &str) -> Result<HostName, ApiError> {
+    text.parse().map_err(|error| {
+        ApiError::new(ErrorKind::Invalid, format!("`{text}` cannot be a host's name: {error}"))
+            .hint("choose one with `--name`")
+    })
+}
+
+fn labels(texts: &BTreeMap<String, String>) -> Result<BTreeMap<LabelName, LabelValue>, ApiError> {
+    let invalid = |text: &str, error: String| {
+        ApiError::new(ErrorKind::Invalid, format!("`{text}` cannot be part of a label: {error}"))
+    };
+    texts
+        .iter()
+        .map(|(name, value)| {
+            let key = name.parse().map_err(|error: diorama_topology::NameError| invalid(name, error.to_string()))?;
+            let value =
+                value.parse().map_err(|error: diorama_topology::NameError| invalid(value, error.to_string()))?;
+            Ok((key, value))
+        })
+        .collect()
+}
+
+fn internal(error: impl std::fmt::Display) -> ApiError {
+    ApiError::new(ErrorKind::Internal, error.to_string())
+}
+
+pub(crate) fn directory_error(error: DirectoryError) -> ApiError {
+    let kind = match &error {
+        DirectoryError::Held { .. } => ErrorKind::Busy,
+        DirectoryError::Missing { .. } => ErrorKind::NotFound,
+        DirectoryError::Exists { .. } => ErrorKind::NameInUse,
+        _ => ErrorKind::Agent,
+    };
+    let hint = match &error {
+        DirectoryError::Unavailable { .. } => {
+            Some("environments run on; what changes the cluster waits for etcd. Is it up, and can this host reach it?")
+        }
+        DirectoryError::Conflict { .. } => Some("somebody else changed it at the same time: try again"),
+        _ => None,
+    };
+    let error = ApiError::new(kind, error.to_string());
+    match hint {
+        Some(hint) => error.hint(hint),
+        None => error,
+    }
+}
+
+fn admission_error(error: AdmissionError) -> ApiError {
+    let kind = match &error {
+        AdmissionError::MemberAlready { .. } => ErrorKind::WrongState,
+        AdmissionError::Invalid(_) | AdmissionError::Refused(_) => ErrorKind::Invalid,
+        _ => ErrorKind::Agent,
+    };
+    let hint = match &error {
+        AdmissionError::MemberAlready { .. } => "`diorama host list` shows the cluster",
+        AdmissionError::Refused(_) => "a member makes new tokens: `diorama host token`",
+        AdmissionError::Unreachable { .. } => "is the host of the token up, and its address reachable from here?",
+        _ => "is etcd up, and can this host reach it?",
+    };
+    ApiError::new(kind, error.to_string()).hint(hint)
+}

@@ -1,0 +1,542 @@
+//! The whole of an environment that spans hosts: started, stopped, looked at and restored by whichever agent is asked.
+//!
+//! Invariants:
+//! - who changes which hosts an environment has holds its lock in the directory;
+//! - the directory's record of an environment is written before any part of it is launched, and removed after the last is
+//!   gone: what runs can be found;
+//! - parts run all or none: none is told to go before all stand ready.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use diorama_api::client::{ClientError, Notice};
+use diorama_api::{
+    ApiError, DownReport, DownRequest, EnvironmentState, EnvironmentStatus, ErrorKind, MachineState,
+    MachineStatus, NicStatus, RestoreReport, RestoreRequest,
+};
+use diorama_cluster::HostId;
+use diorama_cluster::directory::{EnvironmentRecord, InitiatorLock, Revised};
+use diorama_cluster::placement::{self, Wanted};
+use diorama_topology::{Environment, EnvironmentName, MachineName};
+use diorama_tunnel::{Ip, Protection, guest_mtu};
+
+use super::parts::{GoRequest, PartReport, PartRequest, READY_STEP};
+use crate::Agent;
+use crate::cluster::{Cluster, MACHINE_OVERHEAD_BYTES, directory_error};
+use crate::operation::Operation;
+use crate::problem::store_error;
+use crate::record::{SpanHost, SpanRecord};
+
+/// How long parts may take to stand ready.
+const READY_LIMIT: Duration = Duration::from_secs(300);
+/// How often a wait for parts looks up.
+const READY_POLL: Duration = Duration::from_millis(20);
+/// What hosts' networks carry at least: Ethernet's MTU, in bytes.
+const UNDERLAY_MTU: u16 = 1500;
+/// How often numbers on the wire are drawn anew when a host has one already.
+const LAUNCH_ATTEMPTS: usize = 3;
+
+type Placed = BTreeMap<MachineName, HostId>;
+
+impl Agent {
+    /// The directory's record of an environment.
+    pub(crate) fn environment_record(&self, name: &str) -> Option<Revised<Arc<EnvironmentRecord>>> {
+        let view = self.cluster()?.directory.view();
+        view.environments.get(name).cloned()
+    }
+
+    /// Starts an environment on the cluster's hosts.
+    pub(crate) fn up_in_cluster(
+        &self,
+        specification: Environment,
+        operation: &Operation,
+    ) -> Result<EnvironmentStatus, ApiError> {
+        let cluster = self.cluster_or_error()?;
+        let name = specification.name.clone();
+        if let Some(known) = self.environment_record(name.as_str()) {
+            if known.value.detail["as_written"] == serde_json::json!(specification) {
+                return self.status_in_cluster(&known.value);
+            }
+            return Err(ApiError::new(
+                ErrorKind::NameInUse,
+                format!("the cluster has an environment `{name}` already, and its file said otherwise"),
+            )
+            .hint("stop it with `diorama down`, or start this one under another name with `--name`"));
+        }
+        operation.step("placing machines");
+        let lock = cluster.wait(cluster.directory.lock(&name, "up")).map_err(directory_error)?;
+        let as_written = specification.clone();
+        let placed = place(cluster, &specification, &Placed::new())?;
+        let specification = fit(specification, &placed, operation)?;
+        let record = EnvironmentRecord {
+            specification: specification.clone(),
+            placement: placed.clone(),
+            owner: cluster.id,
+            generation: 1,
+            detail: serde_json::json!({ "as_written": as_written }),
+        };
+        let revision =
+            cluster.wait(cluster.directory.put_environment(&record, None, &lock)).map_err(directory_error)?;
+        if let Err(error) = self.launch_parts(&specification, &placed, (0, None), operation) {
+            let removed = cluster.wait(cluster.directory.remove_environment(&name, revision, &lock));
+            if let Err(error) = removed {
+                tracing::error!(%error, "the record of an environment that did not start is left");
+            }
+            return Err(error);
+        }
+        release(cluster, lock);
+        self.status_in_cluster(&record)
+    }
+
+    /// Stops an environment wherever it is.
+    pub(crate) fn down_in_cluster(
+        &self,
+        known: &Revised<Arc<EnvironmentRecord>>,
+        request: DownRequest,
+        operation: &Operation,
+    ) -> Result<DownReport, ApiError> {
+        let cluster = self.cluster_or_error()?;
+        let name = known.value.name().clone();
+        let lock = cluster.wait(cluster.directory.lock(&name, "down")).map_err(directory_error)?;
+        operation.step("stopping machines");
+        let mut report = DownReport {
+            environment: name.clone(),
+            machines_stopped: 0,
+            disks_kept: Vec::new(),
+            disks_removed: Vec::new(),
+        };
+        let hosts: Vec<HostId> = known.value.hosts().into_iter().collect();
+        let mut failure = None;
+        for (host, result) in self.down_parts(&hosts, &name, request) {
+            match result {
+                Ok(part) => {
+                    report.machines_stopped += part.machines_stopped;
+                    report.disks_kept.extend(part.disks_kept);
+                    report.disks_removed.extend(part.disks_removed);
+                }
+                Err(error) if error.kind == ErrorKind::NotFound => {}
+                Err(error) if cluster.directory.view().is_alive(host) => {
+                    failure.get_or_insert(error);
+                }
+                // Its machines are gone with it, or stop when it comes back and finds no record.
+                Err(error) => operation.warn(format!("a lost host was not asked to stop its machines: {error}")),
+            }
+        }
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        if report.disks_kept.is_empty() {
+            let removed = cluster.directory.remove_environment(&name, known.revision, &lock);
+            cluster.wait(removed).map_err(directory_error)?;
+        }
+        release(cluster, lock);
+        Ok(report)
+    }
+
+    fn down_parts(
+        &self,
+        hosts: &[HostId],
+        name: &EnvironmentName,
+        request: DownRequest,
+    ) -> Vec<(HostId, Result<DownReport, ApiError>)> {
+        let Ok(cluster) = self.cluster_or_error() else { return Vec::new() };
+        let path = format!("/v1/peer/environments/{name}/down");
+        cluster.wait(async {
+            let mut asked = tokio::task::JoinSet::new();
+            for host in hosts {
+                let (client, path, host) = (cluster.client(*host), path.clone(), *host);
+                asked.spawn(async move {
+                    let result = client.operate(&path, &request, |_| {}).await.map_err(ApiError::from);
+                    (host, result)
+                });
+            }
+            asked.join_all().await
+        })
+    }
+
+    /// What every environment of the cluster does.
+    pub(crate) fn statuses_in_cluster(&self) -> Result<Vec<EnvironmentStatus>, ApiError> {
+        let view = self.cluster_or_error()?.directory.view();
+        view.environments.values().map(|record| self.status_in_cluster(&record.value)).collect()
+    }
+
+    /// What an environment does, as its hosts say.
+    pub(crate) fn status_in_cluster(&self, record: &EnvironmentRecord) -> Result<EnvironmentStatus, ApiError> {
+        let cluster = self.cluster_or_error()?;
+        let path = format!("/v1/peer/environments/{}", record.name());
+        let parts: BTreeMap<HostId, Result<EnvironmentStatus, ClientError>> = cluster.wait(async {
+            let mut asked = tokio::task::JoinSet::new();
+            for host in record.hosts() {
+                let (client, path) = (cluster.client(host), path.clone());
+                asked.spawn(async move {
+                    let answer = tokio::time::timeout(STATUS_LIMIT, client.get(&path)).await;
+                    let answer = answer.unwrap_or_else(|_| {
+                        Err(ClientError::Carrier(format!("host {host} did not answer within {STATUS_LIMIT:?}")))
+                    });
+                    (host, answer)
+                });
+            }
+            asked.join_all().await.into_iter().collect()
+        });
+        Ok(merge(cluster, record, &parts))
+    }
+
+    /// Takes an environment back to a snapshot, on the hosts that it has or on others.
+    pub(crate) fn restore_in_cluster(
+        &self,
+        name: EnvironmentName,
+        request: &RestoreRequest,
+        operation: &Operation,
+    ) -> Result<RestoreReport, ApiError> {
+        let started = Instant::now();
+        let cluster = self.cluster_or_error()?;
+        let id = self.resolve_snapshot(&request.snapshot, Some(name.as_str()))?;
+        let stored = self.store.load(&id).map_err(store_error)?;
+        let specification = stored.manifest.specification.renamed(name.clone());
+        let lock = cluster.wait(cluster.directory.lock(&name, "restore")).map_err(directory_error)?;
+        let known = self.environment_record(name.as_str());
+        let before: Placed = known.as_ref().map(|known| known.value.placement.clone()).unwrap_or_default();
+        operation.step("placing machines");
+        let placed = place(cluster, &specification, &before)?;
+        let specification = fit(specification, &placed, operation)?;
+        // No host's ports may go back: the highest epoch that anybody knows is where all begin.
+        let epoch = match &known {
+            Some(known) => self.status_in_cluster(&known.value)?.epoch,
+            None => 0,
+        };
+        let record = EnvironmentRecord {
+            specification: specification.clone(),
+            placement: placed.clone(),
+            owner: cluster.id,
+            generation: known.as_ref().map_or(1, |known| known.value.generation + 1),
+            detail: known.as_ref().map_or_else(
+                || serde_json::json!({ "as_written": stored.manifest.specification }),
+                |known| known.value.detail.clone(),
+            ),
+        };
+        // While both sets of parts may exist, the record names the hosts of both in turn: first what is to be.
+        let based_on = known.as_ref().map(|known| known.revision);
+        let revision =
+            cluster.wait(cluster.directory.put_environment(&record, based_on, &lock)).map_err(directory_error)?;
+        let launched = self.launch_parts(&specification, &placed, (epoch, Some(id.to_string())), operation);
+        let reports = match launched {
+            Ok(reports) => reports,
+            Err(error) => {
+                let undone = match &known {
+                    Some(known) => cluster
+                        .wait(cluster.directory.put_environment(&known.value, Some(revision), &lock))
+                        .map(drop),
+                    None => cluster.wait(cluster.directory.remove_environment(&name, revision, &lock)).map(drop),
+                };
+                if let Err(error) = undone {
+                    tracing::error!(%error, "the record of an environment was not put back");
+                }
+                return Err(error);
+            }
+        };
+        // Hosts that have no part any more.
+        let left: Vec<HostId> = known
+            .iter()
+            .flat_map(|known| known.value.hosts())
+            .filter(|host| !record.hosts().contains(host) && cluster.directory.view().is_alive(*host))
+            .collect();
+        for (host, result) in self.down_parts(&left, &name, DownRequest { volumes: true }) {
+            if let Err(error) = result
+                && error.kind != ErrorKind::NotFound
+            {
+                operation.warn(format!("host {host} did not stop its old part: {error}"));
+            }
+        }
+        release(cluster, lock);
+        let elapsed = started.elapsed() + Duration::from_micros(request.elapsed_us);
+        Ok(RestoreReport {
+            environment: name.to_string(),
+            snapshot: id.to_string(),
+            ready_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
+            in_flight_replayed: reports.iter().map(|report| report.in_flight_replayed).sum(),
+            machines: reports.into_iter().flat_map(|report| report.machines).collect(),
+        })
+    }
+
+    /// Launches all parts, and lets them run once all stand ready.
+    fn launch_parts(
+        &self,
+        specification: &Environment,
+        placed: &Placed,
+        (epoch, from): (u32, Option<String>),
+        operation: &Operation,
+    ) -> Result<Vec<PartReport>, ApiError> {
+        let mut attempt = 1;
+        loop {
+            match self.try_launch_parts(specification, placed, (epoch, from.clone()), operation) {
+                Err(error) if error.kind == ErrorKind::Busy && attempt < LAUNCH_ATTEMPTS => attempt += 1,
+                result => return result,
+            }
+        }
+    }
+
+    fn try_launch_parts(
+        &self,
+        specification: &Environment,
+        placed: &Placed,
+        (epoch, from): (u32, Option<String>),
+        operation: &Operation,
+    ) -> Result<Vec<PartReport>, ApiError> {
+        let cluster = self.cluster_or_error()?;
+        let (ids, hosts) = span_hosts(cluster, specification, placed)?;
+        let span = SpanRecord {
+            id: u64::from_ne_bytes(crate::launch::random_bytes()),
+            whole: specification.clone(),
+            hosts,
+            me: 0,
+            vnis: specification
+                .networks
+                .iter()
+                .map(|_| u32::from_ne_bytes(crate::launch::random_bytes()) & 0xff_ffff)
+                .collect(),
+        };
+        operation.step("starting machines");
+        let (sender, events) = channel();
+        let mut tasks = Vec::new();
+        for (number, id) in (0_u32..).zip(&ids) {
+            let client = cluster.client(*id);
+            let request =
+                PartRequest { span: SpanRecord { me: number, ..span.clone() }, epoch, from: from.clone() };
+            let sender = sender.clone();
+            tasks.push(cluster.start(async move {
+                let ready = sender.clone();
+                let result: Result<PartReport, ClientError> = client
+                    .operate("/v1/peer/parts", &request, move |notice| {
+                        let event = match notice {
+                            Notice::Progress(progress) if progress.step == READY_STEP => Event::Ready,
+                            Notice::Progress(_) => return,
+                            Notice::Warning(message) => Event::Warning(message),
+                        };
+                        // Whoever launches may have given up.
+                        let _ = ready.send(event);
+                    })
+                    .await;
+                let _ = sender.send(Event::Ended(result.map_err(ApiError::from)));
+            }));
+        }
+        // Dropping them closes their connections, and that undoes what they began.
+        let _tasks = AbortOnDrop(tasks);
+        let deadline = Instant::now() + READY_LIMIT;
+        let mut ready = 0;
+        let mut reports = Vec::new();
+        while reports.len() < ids.len() {
+            match events.recv_timeout(READY_POLL) {
+                Ok(Event::Ready) => {
+                    ready += 1;
+                    if ready == ids.len() {
+                        self.let_go(cluster, &ids, span.id)?;
+                    }
+                }
+                Ok(Event::Warning(message)) => operation.warn(message),
+                Ok(Event::Ended(result)) => reports.push(result?),
+                Err(RecvTimeoutError::Timeout) => {
+                    if ready < ids.len() {
+                        operation.check()?;
+                    }
+                    if Instant::now() > deadline {
+                        return Err(ApiError::new(ErrorKind::Agent, "not all hosts stand ready in time")
+                            .hint("`diorama host list` shows the hosts; their agents' logs say what takes so long"));
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        Ok(reports)
+    }
+
+    fn let_go(&self, cluster: &Cluster, hosts: &[HostId], span: u64) -> Result<(), ApiError> {
+        let body = serde_json::to_vec(&GoRequest { span }).unwrap_or_default();
+        let results: Vec<_> = cluster.wait(async {
+            let mut asked = tokio::task::JoinSet::new();
+            for host in hosts {
+                let (peers, body, host) = (cluster.peers.clone(), body.clone(), *host);
+                asked.spawn(async move { peers.call(host, "go", body, GO_LIMIT).await });
+            }
+            asked.join_all().await
+        });
+        results.into_iter().try_for_each(|result| result.map(drop)).map_err(|error| super::parts::peer_error(&error))
+    }
+}
+
+/// How long a host may take to say how its part is.
+const STATUS_LIMIT: Duration = Duration::from_secs(3);
+const GO_LIMIT: Duration = Duration::from_secs(5);
+
+enum Event {
+    Ready,
+    Warning(String),
+    Ended(Result<PartReport, ApiError>),
+}
+
+struct AbortOnDrop(Vec<tokio::task::JoinHandle<()>>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+fn release(cluster: &Cluster, lock: InitiatorLock) {
+    if let Err(error) = cluster.wait(lock.release()) {
+        tracing::warn!(%error, "a lock is given back later");
+    }
+}
+
+/// Chooses hosts; machines that have one keep it where they can.
+fn place(cluster: &Cluster, specification: &Environment, before: &Placed) -> Result<Placed, ApiError> {
+    let view = cluster.directory.view();
+    let mut taken: BTreeMap<HostId, u64> = BTreeMap::new();
+    for machine in &specification.machines {
+        if let Some(host) = before.get(&machine.name) {
+            *taken.entry(*host).or_default() += machine.memory_bytes + MACHINE_OVERHEAD_BYTES;
+        }
+    }
+    let wanted: Vec<Wanted> =
+        specification.machines.iter().map(|machine| Wanted::of(machine, MACHINE_OVERHEAD_BYTES)).collect();
+    placement::place(&wanted, &view.candidates(&taken), before).map_err(|error| {
+        ApiError::new(ErrorKind::Unsupported, error.to_string())
+            .hint("`diorama host list` shows the hosts, their labels and free memory")
+    })
+}
+
+/// The hosts of an environment by their numbers.
+fn span_hosts(
+    cluster: &Cluster,
+    specification: &Environment,
+    placed: &Placed,
+) -> Result<(Vec<HostId>, Vec<SpanHost>), ApiError> {
+    let view = cluster.directory.view();
+    let mut ids: Vec<HostId> = placed.values().copied().collect();
+    ids.sort_unstable();
+    ids.dedup();
+    let hosts = ids
+        .iter()
+        .map(|id| {
+            let member = view.members.get(*id).ok_or_else(|| {
+                ApiError::new(ErrorKind::NotFound, format!("host {id} is not in the cluster any more"))
+            })?;
+            let tunnel = cluster.tunnel(*id).ok_or_else(|| {
+                ApiError::new(ErrorKind::Agent, format!("host `{}` does not say where its tunnels end", member.name))
+                    .hint("is its agent up? `diorama host list` shows it")
+            })?;
+            let machines = specification.machines.iter().map(|machine| &machine.name);
+            Ok(SpanHost {
+                name: member.name.to_string(),
+                tunnel,
+                machines: machines.filter(|name| placed.get(*name) == Some(id)).map(ToString::to_string).collect(),
+            })
+        })
+        .collect::<Result<_, ApiError>>()?;
+    Ok((ids, hosts))
+}
+
+/// Networks that span hosts get an MTU whose frames fit a packet between hosts.
+fn fit(mut specification: Environment, placed: &Placed, operation: &Operation) -> Result<Environment, ApiError> {
+    let fits = guest_mtu(UNDERLAY_MTU, Ip::V4, Protection::Sealed)
+        .map_err(|error| ApiError::new(ErrorKind::Unsupported, error.to_string()))?;
+    for network in &mut specification.networks {
+        let mut hosts: Vec<HostId> = specification
+            .machines
+            .iter()
+            .filter(|machine| machine.nics.iter().any(|nic| nic.network == network.name))
+            .filter_map(|machine| placed.get(&machine.name).copied())
+            .collect();
+        hosts.sort_unstable();
+        hosts.dedup();
+        if hosts.len() > 1 && network.mtu > fits {
+            operation.warn(format!(
+                "network {} spans hosts: its MTU is {fits} instead of {}, so that frames fit the packets between them",
+                network.name, network.mtu
+            ));
+            network.mtu = fits;
+        }
+    }
+    Ok(specification)
+}
+
+/// One status of all parts'.
+fn merge(
+    cluster: &Cluster,
+    record: &EnvironmentRecord,
+    parts: &BTreeMap<HostId, Result<EnvironmentStatus, ClientError>>,
+) -> EnvironmentStatus {
+    let view = cluster.directory.view();
+    let host_name =
+        |id: HostId| view.members.get(id).map_or_else(|| id.to_string(), |member| member.name.to_string());
+    let answered: Vec<&EnvironmentStatus> = parts.values().filter_map(|part| part.as_ref().ok()).collect();
+    let first = answered.first();
+    let machines: Vec<MachineStatus> = record
+        .specification
+        .machines
+        .iter()
+        .map(|machine| {
+            let host = record.placement.get(&machine.name).copied();
+            let known = answered.iter().flat_map(|part| &part.machines).find(|known| known.name == machine.name.as_str());
+            if let Some(known) = known {
+                return MachineStatus { host: host.map(host_name).unwrap_or_default(), ..known.clone() };
+            }
+            let answer = host.and_then(|host| parts.get(&host));
+            MachineStatus {
+                name: machine.name.to_string(),
+                host: host.map(host_name).unwrap_or_default(),
+                pid: None,
+                state: MachineState::Lost,
+                reason: match answer {
+                    Some(Err(error)) => Some(error.to_string()),
+                    _ => Some("its host does not have it".to_owned()),
+                },
+                vcpus: machine.cpus,
+                memory_bytes: machine.memory_bytes,
+                accelerator: "none".to_owned(),
+                nics: machine
+                    .nics
+                    .iter()
+                    .map(|nic| NicStatus {
+                        network: nic.network.to_string(),
+                        mac: nic.mac.to_string(),
+                        address: nic.address.map(|address| address.to_string()),
+                        ..NicStatus::default()
+                    })
+                    .collect(),
+                disks: Vec::new(),
+            }
+        })
+        .collect();
+    let broken = machines.iter().any(|machine| matches!(machine.state, MachineState::Dead | MachineState::Lost));
+    let down = !answered.is_empty() && answered.iter().all(|part| part.state == EnvironmentState::Down);
+    let starting = answered.iter().any(|part| part.state == EnvironmentState::Starting);
+    let mut networks = first.map(|part| part.networks.clone()).unwrap_or_default();
+    for part in answered.iter().skip(1) {
+        for (sum, more) in networks.iter_mut().zip(&part.networks) {
+            sum.owed_frames += more.owed_frames;
+            sum.delivered_frames += more.delivered_frames;
+            sum.queued_frames += more.queued_frames;
+            for (reason, count) in &more.dropped {
+                *sum.dropped.entry(reason.clone()).or_default() += count;
+            }
+        }
+    }
+    EnvironmentStatus {
+        name: record.name().clone(),
+        state: match (starting, down, broken) {
+            (true, _, _) => EnvironmentState::Starting,
+            (_, true, _) => EnvironmentState::Down,
+            (_, _, true) => EnvironmentState::Degraded,
+            _ => EnvironmentState::Up,
+        },
+        epoch: answered.iter().map(|part| part.epoch).max().unwrap_or(0),
+        snapshot: first.and_then(|part| part.snapshot.clone()),
+        started: first.and_then(|part| part.started.clone()),
+        operation: answered.iter().find_map(|part| part.operation.clone()),
+        machines,
+        networks,
+        hosts: record.hosts().into_iter().map(host_name).collect(),
+    }
+}

@@ -1,0 +1,208 @@
+//! Snapshots of an environment that spans hosts: the initiator's host.
+//!
+//! The initiator runs on the thread of the request, on a host that has a part. It decides by the manifest alone: with it in
+//! the store, the snapshot exists.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use diorama_api::{ApiError, CreateSnapshotRequest, ErrorKind, SnapshotReport};
+use diorama_cut::initiator::{Input, Output};
+use diorama_cut::{Config, Epoch, Initiator, Outcome, ParticipantId, Snapshot, SnapshotId};
+
+use crate::Agent;
+use crate::cluster::directory_error;
+use crate::operation::Operation;
+use crate::problem::store_error;
+use crate::record::{Record, SpanRecord};
+use crate::slot::Slot;
+use crate::snapshot::{CapturedMachine, HostPart};
+
+/// How often the initiator looks whether anybody still waits for the snapshot, and whether hosts are lost.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
+impl Agent {
+    /// Takes a snapshot of all parts at one cut.
+    pub(crate) fn create_snapshot_in_cluster(
+        &self,
+        environment: &str,
+        request: CreateSnapshotRequest,
+        operation: &Operation,
+    ) -> Result<SnapshotReport, ApiError> {
+        let started = Instant::now();
+        let cluster = self.cluster_or_error()?;
+        let slot = self.slots.get(environment)?;
+        let record = slot.record_if_up()?;
+        let span = record.span.clone().ok_or_else(|| no_part(environment))?;
+        let part = slot.state().running.as_ref().and_then(|running| running.part.clone());
+        let part = part.ok_or_else(|| no_part(environment))?;
+        let name = self.choose_name(environment, request.name.clone())?;
+        let (capture, _) = self.choose_capture(request.capture, operation)?;
+        let lock = cluster.wait(cluster.directory.lock(&slot.name, "snapshot")).map_err(directory_error)?;
+        let config = Config {
+            capture: crate::snapshot::protocol_capture(capture),
+            in_flight: crate::snapshot::protocol_in_flight(request.in_flight),
+            ..Config::default()
+        };
+        let (inbox, inputs) = channel();
+        let _receiving = part.receive_as_initiator(inbox);
+        let post = self.post_for(&slot.name, &span);
+        let participants: Vec<ParticipantId> = (0..).map(ParticipantId).take(span.hosts.len()).collect();
+        let mut initiator = Initiator::new(Epoch(record.epoch));
+        let mut outputs = initiator
+            .start(SnapshotId(crate::launch::random_bytes()), participants, config, started.elapsed())
+            .map_err(|error| ApiError::new(ErrorKind::Internal, error.to_string()))?;
+        let mut cancelled = false;
+        let mut committed = None;
+        let mut failure = None;
+        let mut step = "";
+        let outcome = loop {
+            let mut ended = None;
+            let mut next = Vec::new();
+            for output in outputs {
+                match output {
+                    Output::Send { to, message } => post(to, message),
+                    Output::WriteManifest { snapshot } => {
+                        let cut = snapshot.cut;
+                        // A lock that was lost: somebody else may be changing the environment's hosts.
+                        let written = lock
+                            .check()
+                            .map_err(|lost| ApiError::new(ErrorKind::CutFailed, lost.to_string()))
+                            .and_then(|_| self.commit_parts(&record, &span, (&name, &request), &snapshot));
+                        let input = match written {
+                            Ok(id) => {
+                                committed = Some(id);
+                                Input::ManifestWritten { cut }
+                            }
+                            Err(error) => {
+                                let detail = error.message.clone();
+                                failure.get_or_insert(error);
+                                Input::ManifestFailed { cut, detail }
+                            }
+                        };
+                        next.extend(initiator.handle(input, started.elapsed()));
+                    }
+                    Output::LookUpOutcome { from, cut } => {
+                        if let Ok(found) = self.store.find_attempt(&cut.snapshot.to_string()) {
+                            let input = Input::OutcomeLookedUp { to: from, cut, committed: found.is_some() };
+                            next.extend(initiator.handle(input, started.elapsed()));
+                        }
+                    }
+                    Output::Rejected { from, violation } => {
+                        tracing::warn!(%from, ?violation, "a message broke the snapshot protocol");
+                    }
+                    Output::Done { outcome, .. } => ended = Some(outcome),
+                }
+            }
+            if let Some(outcome) = ended {
+                break outcome;
+            }
+            if !next.is_empty() {
+                outputs = next;
+                continue;
+            }
+            if initiator.state_name() != step {
+                step = initiator.state_name();
+                operation.step(step);
+            }
+            let due = initiator.poll_timeout().map(|due| due.saturating_sub(started.elapsed()));
+            let wait = due.map_or(LOOK_INTERVAL, |due| due.min(LOOK_INTERVAL));
+            outputs = match inputs.recv_timeout(wait) {
+                Ok(input) => initiator.handle(input, started.elapsed()),
+                Err(RecvTimeoutError::Timeout) => {
+                    let mut outputs = Vec::new();
+                    for (number, host) in (0..).map(ParticipantId).zip(&span.hosts) {
+                        if cluster.is_lost(&host.name) {
+                            outputs.extend(initiator.handle(Input::PeerLost { peer: number }, started.elapsed()));
+                        }
+                    }
+                    if operation.is_cancelled() && !cancelled {
+                        cancelled = true;
+                        outputs.extend(initiator.handle(Input::Cancel, started.elapsed()));
+                    }
+                    outputs.extend(initiator.handle(Input::Tick, started.elapsed()));
+                    outputs
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(ApiError::new(ErrorKind::CutFailed, "the environment was stopped meanwhile"));
+                }
+            };
+        };
+        if let Err(error) = cluster.wait(lock.release()) {
+            tracing::warn!(%error, "a lock is given back later");
+        }
+        match (outcome, committed, failure) {
+            (Outcome::Committed, Some(id), _) => {
+                let create_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+                self.note_created(&id, create_ms);
+                Ok(crate::snapshots::report(&self.store.load(&id).map_err(store_error)?))
+            }
+            (_, _, Some(error)) => Err(error),
+            (Outcome::Aborted(reason), _, None) => {
+                operation.check()?;
+                Err(ApiError::new(ErrorKind::CutFailed, format!("the snapshot failed: {}", named(&reason.to_string(), &span)))
+                    .hint("the machines run on; nothing of it remains"))
+            }
+            _ => Err(ApiError::new(ErrorKind::Internal, "the snapshot protocol ended without an outcome")),
+        }
+    }
+
+    /// The point of no return: one manifest of all hosts' parts.
+    fn commit_parts(
+        &self,
+        record: &Record,
+        span: &SpanRecord,
+        (name, request): (&str, &CreateSnapshotRequest),
+        snapshot: &Snapshot,
+    ) -> Result<diorama_store::SnapshotId, ApiError> {
+        let mut machines = BTreeMap::new();
+        let mut parts: Vec<HostPart> = Vec::new();
+        for report in snapshot.parts.values().flat_map(|part| &part.report.machines) {
+            let captured: CapturedMachine = serde_json::from_slice(&report.captured).map_err(|error| {
+                ApiError::new(ErrorKind::CutFailed, format!("the report of machine {}: {error}", report.machine))
+            })?;
+            parts.extend(captured.host);
+            machines.insert(report.machine.clone(), captured.machine);
+        }
+        self.commit_snapshot_of_parts(record, span, (name, request), snapshot, (machines, parts))
+    }
+
+    /// A participant asks about a cut after its initiator has ended.
+    pub(super) fn answer_late(&self, slot: &Slot, input: Input) {
+        let state = slot.state();
+        let Some(record) = &state.record else { return };
+        let Some(span) = record.span.clone() else { return };
+        let mut initiator = Initiator::new(Epoch(record.epoch));
+        drop(state);
+        let post = self.post_for(&slot.name, &span);
+        let mut outputs = initiator.handle(input, Duration::ZERO);
+        while let Some(output) = outputs.pop() {
+            match output {
+                Output::Send { to, message } => post(to, message),
+                // What nobody can tell now is asked again.
+                Output::LookUpOutcome { from, cut } => {
+                    if let Ok(found) = self.store.find_attempt(&cut.snapshot.to_string()) {
+                        let input = Input::OutcomeLookedUp { to: from, cut, committed: found.is_some() };
+                        outputs.extend(initiator.handle(input, Duration::ZERO));
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+fn no_part(environment: &str) -> ApiError {
+    ApiError::new(ErrorKind::WrongState, format!("this host has no part of environment `{environment}`"))
+        .hint("`diorama status` shows where its machines are")
+}
+
+/// Names hosts in a text that speaks of participants by number.
+fn named(text: &str, span: &SpanRecord) -> String {
+    let mut text = text.to_owned();
+    for (number, host) in span.hosts.iter().enumerate() {
+        text = text.replace(&format!("participant {number}"), &format!("host {}", host.name));
+    }
+    text
+}

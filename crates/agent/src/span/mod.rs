@@ -1,0 +1,34 @@
+//! Environments that span hosts.
+//!
+//! Each host has a *part*: its own machines and all networks, run by the same code as an environment on one host, with
+//! peers at the switch. What concerns the whole is *coordinated* by the agent that was asked:
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | `parts` | this host's part: launching it, and the messages of its cuts |
+//! | `coordinate` | the whole: up, down, status, restore |
+//! | `initiate` | the whole's snapshots: the initiator of the protocol |
+//! | `sessions` | the tunnels' keys |
+//!
+//! All of it is for hosts in a cluster ([`crate::cluster`]). There every environment has a record in the cluster's directory,
+//! and goes this way even if one host has all of it.
+
+mod coordinate;
+mod initiate;
+mod parts;
+mod sessions;
+
+pub(crate) use parts::{Joining, PartRequest};
+pub(crate) use sessions::Sessions;
+
+use diorama_topology::Environment;
+
+use crate::record::SpanRecord;
+
+impl SpanRecord {
+    /// What this host runs.
+    pub(crate) fn part(&self) -> Environment {
+        let here = self.hosts.get(self.me as usize);
+        self.whole.part(|machine| here.is_some_and(|host| host.machines.iter().any(|known| known == machine)))
+    }
+}
