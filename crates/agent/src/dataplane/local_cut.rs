@@ -43,6 +43,8 @@ const DRAIN_POLL: Duration = Duration::from_micros(50);
 /// How many probe frames are sent, one after another. One shows that QEMU's receive queue was not blocked when
 /// it was read; a queue that is emptied bit by bit could let one through, and then the second waits.
 const PROBES: u32 = 2;
+/// What QEMU answers to a `cont` that comes a moment too early.
+const NOT_FINALIZED: &str = "Migration is not finalized yet";
 /// How long undoing may take before a machine is given up.
 const UNDO_BOUND: Duration = Duration::from_secs(5);
 
@@ -845,6 +847,13 @@ impl Progress {
                 }
                 None
             }
+            // Asked again: the migration says that it has completed before QEMU has left that state.
+            Message::Error { id: Some(id), desc, .. }
+                if is_cut && self.cont_id == Some(id) && desc == NOT_FINALIZED =>
+            {
+                self.cont_id = None;
+                None
+            }
             Message::Error { id: Some(id), desc, .. } => {
                 let command = if is_cut && self.stop_id == Some(id) {
                     "stop"
@@ -889,15 +898,7 @@ impl Progress {
 
     /// Whether whatever else must run goes before this guest.
     fn prefer_others(&self, yes: bool) {
-        if !may_return_from_idle() {
-            return;
-        }
-        let policy = if yes { Policy::Idle } else { Policy::Normal { nice: super::plane::VCPU_NICE } };
-        for thread in &self.machine.vcpu_threads {
-            if let Err(error) = set_thread_policy(*thread, policy) {
-                tracing::debug!(thread, %error, "a virtual CPU's scheduling policy stays as it is");
-            }
-        }
+        prefer_others(&self.machine.vcpu_threads, yes);
     }
 
     /// Ends with the machine's release: what QEMU does from then on (copying memory) has no haste.
@@ -954,6 +955,19 @@ impl Progress {
             pivoted: self.pivoted,
             migrating,
             armed: self.machine.armed && !self.saving,
+        }
+    }
+}
+
+/// Whether whatever else must run goes before these virtual CPUs. Changes nothing for a user who could not take it back.
+pub(crate) fn prefer_others(vcpu_threads: &[u32], yes: bool) {
+    if !may_return_from_idle() {
+        return;
+    }
+    let policy = if yes { Policy::Idle } else { Policy::Normal { nice: super::plane::VCPU_NICE } };
+    for thread in vcpu_threads {
+        if let Err(error) = set_thread_policy(*thread, policy) {
+            tracing::debug!(thread, %error, "a virtual CPU's scheduling policy stays as it is");
         }
     }
 }
