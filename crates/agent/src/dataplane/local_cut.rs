@@ -892,15 +892,7 @@ impl Progress {
 
     /// Whether whatever else must run goes before this guest.
     fn prefer_others(&self, yes: bool) {
-        if !may_return_from_idle() {
-            return;
-        }
-        let policy = if yes { Policy::Idle } else { Policy::Normal { nice: super::plane::VCPU_NICE } };
-        for thread in &self.machine.vcpu_threads {
-            if let Err(error) = set_thread_policy(*thread, policy) {
-                tracing::debug!(thread, %error, "a virtual CPU's scheduling policy stays as it is");
-            }
-        }
+        prefer_others(&self.machine.vcpu_threads, yes);
     }
 
     /// Ends with the machine's release: what QEMU does from then on (copying memory) has no haste.
@@ -957,6 +949,19 @@ impl Progress {
             pivoted: self.pivoted,
             migrating,
             armed: self.machine.armed && !self.saving,
+        }
+    }
+}
+
+/// Whether whatever else must run goes before these virtual CPUs. Changes nothing for a user who could not take it back.
+pub(crate) fn prefer_others(vcpu_threads: &[u32], yes: bool) {
+    if !may_return_from_idle() {
+        return;
+    }
+    let policy = if yes { Policy::Idle } else { Policy::Normal { nice: super::plane::VCPU_NICE } };
+    for thread in vcpu_threads {
+        if let Err(error) = set_thread_policy(*thread, policy) {
+            tracing::debug!(thread, %error, "a virtual CPU's scheduling policy stays as it is");
         }
     }
 }

@@ -28,8 +28,11 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 pub(crate) use command::{Command, Monitor, wait_until_read};
-pub(crate) use local_cut::{CutFailure, CutJob, CutMachine, CutOutcome, Goal, Resume};
+pub(crate) use local_cut::{CutFailure, CutJob, CutMachine, CutOutcome, Goal, Resume, prefer_others};
 pub(crate) use peers::{PeerStatus, Span};
+pub(crate) use plane::{Plane, VCPU_NICE};
+pub(crate) use segment::{PortStatus, Segment, SegmentId, Stopped};
+pub(crate) use wire::WireCounters;
 pub(crate) use plane::{Plane, VCPU_NICE};
 pub(crate) use segment::{PortStatus, Segment, SegmentId, Stopped};
 pub(crate) use wire::WireCounters;
