@@ -1,11 +1,12 @@
 //! Several hosts as one cluster: who belongs to it, what they agree on, who runs what, and how they talk.
 //!
 //! - [`identity`]: the cluster's authority, hosts' keys and certificates, join tokens, TLS.
-//! - [`admission`]: founding a cluster, joining it, renewing certificates.
+//! - [`admission`]: founding a cluster, joining it.
 //! - [`directory`]: what the cluster agrees on, in etcd (or a file, for one host): members, hosts, environments, locks,
 //!   snapshots.
 //! - [`placement`]: which machine runs on which host. Pure.
 //! - [`channel`]: HTTP over mutual TLS among members.
+//! - [`renewal`]: new certificates before the old ones end.
 //!
 //! Nothing here is a consensus system: that is etcd. What the parts promise when something dies is in docs/cluster.md.
 
@@ -15,6 +16,7 @@ pub mod directory;
 pub mod identity;
 pub mod placement;
 mod private_file;
+pub mod renewal;
 
 pub use directory::Directory;
 pub use identity::{Fingerprint, HostId, Member, Members};

@@ -54,3 +54,7 @@ pub struct Peer {
     /// Its key, as TLS proved it.
     pub key: PublicKey,
 }
+
+#[cfg(test)]
+#[path = "../channel_tests.rs"]
+mod tests;

@@ -138,6 +138,12 @@ impl Credentials {
         Ok(Self { key, stored })
     }
 
+    /// Any certificate beside the folder's key, for hostile tests.
+    #[cfg(test)]
+    pub(crate) fn unchecked(folder: &Path, name: HostName, certificate: Certificate) -> Self {
+        Self { key: HostKey::open_or_create(folder).unwrap(), stored: Stored { name, certificate } }
+    }
+
     /// The folder's credentials; `None` when this host is in no cluster.
     ///
     /// # Errors

@@ -434,3 +434,56 @@ impl ServerCertVerifier for OnlyIssuers {
         self.algorithms.supported_schemes()
     }
 }
+
+/// A client that trusts any server, for hostile tests.
+#[cfg(test)]
+pub(crate) fn blind_client(credentials: Option<&Credentials>, alpn: &[&[u8]]) -> ClientConfig {
+    #[derive(Debug)]
+    struct Blind;
+
+    impl ServerCertVerifier for Blind {
+        fn verify_server_cert(
+            &self,
+            _: &CertificateDer<'_>,
+            _: &[CertificateDer<'_>],
+            _: &ServerName<'_>,
+            _: &[u8],
+            _: UnixTime,
+        ) -> Result<ServerCertVerified, rustls::Error> {
+            Ok(ServerCertVerified::assertion())
+        }
+
+        fn verify_tls12_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            Ok(HandshakeSignatureValid::assertion())
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            Ok(HandshakeSignatureValid::assertion())
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            algorithms().supported_schemes()
+        }
+    }
+
+    let builder = client_builder().unwrap().dangerous().with_custom_certificate_verifier(Arc::new(Blind));
+    let mut client = match credentials {
+        Some(credentials) => {
+            let certificate = CurrentCertificate(RwLock::new(certified_key(credentials).unwrap()));
+            builder.with_client_cert_resolver(Arc::new(certificate))
+        }
+        None => builder.with_no_client_auth(),
+    };
+    client.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    client
+}
