@@ -18,7 +18,7 @@ use messages::{
 use serde::{Deserialize, Serialize};
 use tokio_stream::{Stream, StreamExt};
 use tonic::client::Grpc;
-use tonic::codegen::http::uri::PathAndQuery;
+use hyper::http::uri::PathAndQuery;
 use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Request, Status, Streaming};
