@@ -17,7 +17,7 @@ ARGS ?=
 # What Debian provides: QEMU itself, what builds the image, what the tests and the
 # benchmark compare against. The image's own packages are fetched, not installed.
 PACKAGES := qemu-system-x86 qemu-utils cpio zstd xz-utils binutils gcc libc6-dev \
-	ca-certificates iproute2 iperf3 vde2
+	ca-certificates iproute2 iperf3 vde2 etcd-server
 
 .PHONY: help setup build build-traffic images demo test lint unit licences bench install clean
 

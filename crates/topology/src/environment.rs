@@ -2,12 +2,13 @@
 //!
 //! Everything is explicit: defaults are filled in, sizes are bytes, paths no longer depend on the file's folder.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::address::{InterfaceAddress, MacAddress};
-use crate::names::{DiskName, EnvironmentName, MachineName, NetworkName};
+use crate::names::{DiskName, EnvironmentName, HostName, LabelName, LabelValue, MachineName, NetworkName};
 
 /// The machines and networks that one file describes, as one unit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +40,12 @@ pub struct Machine {
     pub nics: Vec<Nic>,
     /// Its disks besides the one it boots from, in the file's order. Names are unique.
     pub disks: Vec<Disk>,
+    /// The host that it must run on; `None` leaves the choice to Diorama.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostName>,
+    /// The labels that its host must carry, all of them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<LabelName, LabelValue>,
 }
 
 /// What a machine boots.

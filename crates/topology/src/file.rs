@@ -10,8 +10,8 @@ use serde::{Serialize, Serializer};
 
 use crate::address::{InterfaceAddress, MacAddress};
 use crate::environment::{Accelerator, Boot, Disk, Environment, Machine, Network, Nic};
-use crate::limits::{CPUS, MAX_DISKS, MAX_MACHINES, MAX_NETWORKS, MAX_NICS, MTU};
-use crate::names::NAME_PATTERN;
+use crate::limits::{CPUS, MAX_DISKS, MAX_LABELS, MAX_MACHINES, MAX_NETWORKS, MAX_NICS, MTU};
+use crate::names::{LABEL_VALUE_PATTERN, LabelName, LabelValue, NAME_PATTERN};
 use crate::size::size_text;
 
 /// The JSON Schema of the environment file, with descriptions and examples. An editor that reads it completes and
@@ -135,6 +135,22 @@ struct MachineFile<'a> {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = MAX_DISKS))]
     disks: Vec<DiskFile<'a>>,
+    /// The host that it must run on. Without it, Diorama chooses one, by `labels` and by free memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "String", regex(pattern = NAME_PATTERN), example = &"node-1")]
+    host: Option<&'a str>,
+    /// The labels that its host must carry, all of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        with = "BTreeMap<String, String>",
+        extend(
+            "propertyNames" = {"pattern": NAME_PATTERN},
+            "additionalProperties" = {"type": "string", "pattern": LABEL_VALUE_PATTERN},
+            "maxProperties" = MAX_LABELS,
+            "examples" = [{"rack": "a"}]
+        )
+    )]
+    labels: Option<&'a BTreeMap<LabelName, LabelValue>>,
 }
 
 /// A network interface: a network's name, or the name with more.
@@ -244,6 +260,8 @@ fn machine_file(machine: &Machine) -> Result<MachineFile<'_>, WriteError> {
         accelerator: Some(machine.accelerator),
         nics: machine.nics.iter().map(nic_file).collect(),
         disks: machine.disks.iter().map(disk_file).collect::<Result<_, _>>()?,
+        host: machine.host.as_deref(),
+        labels: (!machine.labels.is_empty()).then_some(&machine.labels),
     })
 }
 

@@ -26,7 +26,10 @@ mod size;
 pub use address::{AddressError, InterfaceAddress, MacAddress, MacError};
 pub use environment::{Accelerator, Boot, Disk, Environment, Machine, Network, Nic};
 pub use file::{WriteError, schema};
-pub use names::{DiskName, EnvironmentName, MachineName, NameError, NetworkName};
+pub use names::{
+    DiskName, EnvironmentName, HostName, LabelName, LabelValue, LabelValueError, MachineName, NameError,
+    NetworkName,
+};
 pub use parse::{Files, SourceFile, parse};
 pub use problem::Problem;
 pub use size::{SizeError, parse_size};

@@ -20,6 +20,8 @@ pub const MAX_NETWORKS: usize = 1000;
 pub const MAX_NICS: usize = 16;
 /// The most disks on one machine, its boot disk not counted.
 pub const MAX_DISKS: usize = 8;
+/// The most labels that one machine asks for, or one host carries.
+pub const MAX_LABELS: usize = 32;
 /// Virtual CPUs of one machine.
 pub const CPUS: RangeInclusive<u64> = 1..=64;
 /// Memory of one machine, in bytes.

@@ -131,8 +131,83 @@ name! {
     NetworkName
 }
 name! {
+    /// The name of a host, unique in its cluster.
+    HostName
+}
+name! {
+    /// The name of a label that hosts carry and machines ask for.
+    LabelName
+}
+name! {
     /// The name of a disk, unique on its machine.
     DiskName
+}
+
+/// The longest value of a label, in characters.
+pub(crate) const MAX_LABEL_VALUE_LENGTH: usize = 63;
+
+/// The rule of labels' values as a regular expression, for the JSON Schema.
+pub(crate) const LABEL_VALUE_PATTERN: &str = "^[A-Za-z0-9._-]{1,63}$";
+
+/// The value of a label: 1 to 63 of `A-Z`, `a-z`, `0-9`, `.`, `_` and `-`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct LabelValue(String);
+
+/// Why a text is not the value of a label.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{} cannot be a label's value: it is not 1 to {MAX_LABEL_VALUE_LENGTH} of `A-Z`, `a-z`, `0-9`, `.`, `_` and `-`",
+    Excerpt(text)
+)]
+pub struct LabelValueError {
+    /// The text.
+    pub text: String,
+}
+
+impl LabelValue {
+    /// The value as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for LabelValue {
+    type Err = LabelValueError;
+
+    fn from_str(text: &str) -> Result<Self, LabelValueError> {
+        Self::try_from(text.to_owned())
+    }
+}
+
+impl TryFrom<String> for LabelValue {
+    type Error = LabelValueError;
+
+    fn try_from(text: String) -> Result<Self, LabelValueError> {
+        let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
+        let fits = (1..=MAX_LABEL_VALUE_LENGTH).contains(&text.len());
+        if fits && text.bytes().all(allowed) { Ok(Self(text)) } else { Err(LabelValueError { text }) }
+    }
+}
+
+impl From<LabelValue> for String {
+    fn from(value: LabelValue) -> String {
+        value.0
+    }
+}
+
+impl fmt::Display for LabelValue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl HostName {
+    /// The nearest name to any text, such as a computer's own: `Node1.example.org` becomes `node1-example-org`. `None`
+    /// when nothing is left.
+    pub fn nearest(text: &str) -> Option<Self> {
+        EnvironmentName::nearest(text).map(|name| Self(name.0))
+    }
 }
 
 impl EnvironmentName {

@@ -322,8 +322,8 @@ fn fields_and_types() {
     check(
         "machines:\n  a:\n    image: micro\n    memroy: 1GiB\n    colour: red\n",
         &[
-            "4:5: `memroy` is not a field of a machine (did you mean `memory`? The fields are `image`, `kernel`, `initrd`, `cmdline`, `cpus`, `memory`, `cpu`, `accelerator`, `nics`, `disks`)",
-            "5:5: `colour` is not a field of a machine (the fields are `image`, `kernel`, `initrd`, `cmdline`, `cpus`, `memory`, `cpu`, `accelerator`, `nics`, `disks`)",
+            "4:5: `memroy` is not a field of a machine (did you mean `memory`? The fields are `image`, `kernel`, `initrd`, `cmdline`, `cpus`, `memory`, `cpu`, `accelerator`, `nics`, `disks` and 2 more)",
+            "5:5: `colour` is not a field of a machine (the fields are `image`, `kernel`, `initrd`, `cmdline`, `cpus`, `memory`, `cpu`, `accelerator`, `nics`, `disks` and 2 more)",
         ],
     );
     check(
@@ -645,4 +645,49 @@ fn the_schemas_example_is_read() {
     let schema = schema();
     let example = serde_json::to_string_pretty(&schema["examples"][0]).unwrap();
     assert_eq!(read(&example).machines.len(), 2);
+}
+
+#[test]
+fn hosts_and_labels() {
+    let environment = read(
+        "machines: {a: {image: micro, host: node-1, labels: {rack: b.7, gpu: 1}}, b: {image: micro, labels: {}}}\n",
+    );
+    let [a, b] = &environment.machines[..] else { panic!("two machines") };
+    assert_eq!(a.host.as_deref(), Some("node-1"));
+    let labels: Vec<(&str, &str)> =
+        a.labels.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    assert_eq!(labels, [("gpu", "1"), ("rack", "b.7")]);
+    assert!(b.host.is_none() && b.labels.is_empty());
+    check(
+        "machines:\n  a:\n    image: micro\n    host: Node_1\n    labels: {Rack: x, gpu: true, os: 'a b', os: y, z: }\n",
+        &[
+            "4:11: `Node_1` cannot be a name: `N` is not a lower-case letter, a digit or a hyphen (for example `node-1`)",
+            "5:14: `Rack` cannot be a name: `R` is not a lower-case letter, a digit or a hyphen (for example `rack`)",
+            "5:28: expected a label's value as text, such as `a` or `'true'`, found `true`",
+            "5:38: `a b` cannot be a label's value: it is not 1 to 63 of `A-Z`, `a-z`, `0-9`, `.`, `_` and `-`",
+            "5:45: the label `os` is declared twice (the first is on line 5: rename or remove one)",
+            "5:53: expected a label's value as text, such as `a` or `'true'`, found nothing",
+        ],
+    );
+    check(
+        "machines: {a: {image: micro, host: [x], labels: rack}}\n",
+        &[
+            "1:36: expected a host's name, found a list",
+            "1:49: expected labels of hosts, such as `{rack: a}`, found `rack`",
+        ],
+    );
+    let many: Vec<String> = (0..=limits::MAX_LABELS).map(|index| format!("l{index}: x")).collect();
+    let text = format!("machines: {{a: {{image: micro, labels: {{{}}}}}}}\n", many.join(", "));
+    let column = text.find("l32").unwrap() + 1;
+    check(&text, &[&format!("1:{column}: 33 labels; a machine asks for at most 32")]);
+}
+
+#[test]
+fn what_was_written_before_there_were_labels_still_reads() {
+    let environment = read("machines: {a: {image: micro}}\n");
+    let json = serde_json::to_value(&environment.machines[0]).unwrap();
+    let fields = json.as_object().unwrap();
+    assert!(!fields.contains_key("host") && !fields.contains_key("labels"), "{json}");
+    let again: diorama_topology::Machine = serde_json::from_value(json).unwrap();
+    assert_eq!(again, environment.machines[0]);
 }

@@ -1,7 +1,7 @@
 //! What holds for any text and any environment. A failure prints its least input, and its seed as the environment
 //! variable that repeats it.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use diorama_topology::{
     Accelerator, Boot, Disk, Environment, Files, InterfaceAddress, MacAddress, Machine, Network, Nic,
     Problem, SourceFile, parse,
 };
-use proptest::collection::vec;
+use proptest::collection::{btree_map, vec};
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -138,6 +138,7 @@ type Parts = (
     Accelerator,
     Vec<(Index, bool, bool)>,
     Vec<(Option<u64>, Option<PathBuf>)>,
+    (Option<String>, BTreeMap<String, String>),
 );
 
 fn parts() -> impl Strategy<Value = Parts> {
@@ -151,6 +152,7 @@ fn parts() -> impl Strategy<Value = Parts> {
         accelerator,
         vec(any::<(Index, bool, bool)>(), 0..=4),
         vec(disk(), 0..=3),
+        (option::of(NAME), btree_map(NAME, "[A-Za-z0-9._-]{1,63}", 0..4)),
     )
 }
 
@@ -185,24 +187,34 @@ fn environment() -> impl Strategy<Value = Environment> {
             let machines = machines
                 .iter()
                 .zip(parts)
-                .map(|(name, (boot, cpus, memory_mib, cpu_model, accelerator, nics, disks))| Machine {
-                    name: name.parse().unwrap(),
-                    boot,
-                    cpus,
-                    memory_bytes: memory_mib << 20,
-                    cpu_model,
-                    accelerator,
-                    nics: nics.into_iter().map(&mut nic).collect(),
-                    disks: disks
-                        .into_iter()
-                        .enumerate()
-                        .map(|(index, (size_bytes, image))| Disk {
-                            name: format!("disk-{index}").parse().unwrap(),
-                            size_bytes,
-                            image,
-                        })
-                        .collect(),
-                })
+                .map(
+                    |(
+                        name,
+                        (boot, cpus, memory_mib, cpu_model, accelerator, nics, disks, (host, labels)),
+                    )| Machine {
+                        name: name.parse().unwrap(),
+                        boot,
+                        cpus,
+                        memory_bytes: memory_mib << 20,
+                        cpu_model,
+                        accelerator,
+                        nics: nics.into_iter().map(&mut nic).collect(),
+                        disks: disks
+                            .into_iter()
+                            .enumerate()
+                            .map(|(index, (size_bytes, image))| Disk {
+                                name: format!("disk-{index}").parse().unwrap(),
+                                size_bytes,
+                                image,
+                            })
+                            .collect(),
+                        host: host.map(|host| host.parse().unwrap()),
+                        labels: labels
+                            .into_iter()
+                            .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
+                            .collect(),
+                    },
+                )
                 .collect();
             Environment { name: name.parse().unwrap(), machines, networks }
         },

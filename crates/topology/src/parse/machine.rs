@@ -1,14 +1,14 @@
 //! Reading `machines`: what each boots, its size and its disks.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use crate::document::{Key, Node, Value};
 use crate::environment::{Accelerator, Boot, Disk, Machine};
 use crate::limits::{
     CPUS, DEFAULT_MEMORY_BYTES, DISK_BYTES, DISK_STEP_BYTES, MAX_CMDLINE_BYTES, MAX_CPU_MODEL_BYTES,
-    MAX_DISKS, MAX_MACHINES, MEMORY_BYTES, MEMORY_STEP_BYTES,
+    MAX_DISKS, MAX_LABELS, MAX_MACHINES, MEMORY_BYTES, MEMORY_STEP_BYTES,
 };
-use crate::names::{DiskName, MachineName};
+use crate::names::{DiskName, HostName, LabelName, LabelValue, MachineName};
 use crate::problem::{At, Excerpt, listed, nearest};
 
 use super::Reader;
@@ -16,8 +16,20 @@ use super::fields::Fields;
 use super::nic::{NicDrafts, Taken};
 
 /// The fields of a machine.
-pub(crate) const MACHINE_FIELDS: &[&str] =
-    &["image", "kernel", "initrd", "cmdline", "cpus", "memory", "cpu", "accelerator", "nics", "disks"];
+pub(crate) const MACHINE_FIELDS: &[&str] = &[
+    "image",
+    "kernel",
+    "initrd",
+    "cmdline",
+    "cpus",
+    "memory",
+    "cpu",
+    "accelerator",
+    "nics",
+    "disks",
+    "host",
+    "labels",
+];
 /// The fields of a disk.
 pub(crate) const DISK_FIELDS: &[&str] = &["name", "size", "image"];
 
@@ -117,6 +129,14 @@ impl Reader<'_> {
             Some(node) => self.disks(node, matches!(boot, Some(Boot::DiskImage { .. }))),
             None => Some(Vec::new()),
         };
+        let host = match fields.value("host") {
+            Some(node) => self.name::<HostName>(node, "a host's name").map(Some),
+            None => Some(None),
+        };
+        let labels = match fields.value("labels") {
+            Some(node) => self.labels(node),
+            None => Some(BTreeMap::new()),
+        };
         let machine = Machine {
             name: name?,
             boot: boot?,
@@ -126,8 +146,34 @@ impl Reader<'_> {
             accelerator: accelerator?,
             nics: Vec::new(),
             disks: disks?,
+            host: host?,
+            labels: labels?,
         };
         Some((machine, nics?))
+    }
+
+    /// The labels that the machine's host must carry.
+    fn labels(&mut self, node: &Node) -> Option<BTreeMap<LabelName, LabelValue>> {
+        let Value::Map(entries) = &node.value else {
+            self.problems.push(node.unexpected("labels of hosts, such as `{rack: a}`"));
+            return None;
+        };
+        if let Some((key, _)) = entries.get(MAX_LABELS) {
+            let message = format!("{} labels; a machine asks for at most {MAX_LABELS}", entries.len());
+            self.problems.push(key.at.problem(message, "one too many"));
+            return None;
+        }
+        let mut labels = BTreeMap::new();
+        for (name, _, node) in self.named::<LabelName>("label", entries) {
+            let Some(text) = self.text(node, "a label's value as text, such as `a` or `'true'`") else {
+                continue;
+            };
+            match text.parse::<LabelValue>() {
+                Ok(value) => labels.extend(name.map(|name| (name, value))),
+                Err(error) => self.problems.push(node.at.problem(error.to_string(), "not a label's value")),
+            }
+        }
+        Some(labels)
     }
 
     fn boot(&mut self, fields: &Fields<'_>, machine: &Key) -> Option<Boot> {

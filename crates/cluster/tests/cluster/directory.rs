@@ -1,0 +1,279 @@
+//! Reading, writing, and what happens when etcd is not there.
+
+use std::time::Duration;
+
+use diorama_cluster::Directory;
+use diorama_cluster::directory::{
+    DirectoryError, EtcdConfig, Freshness, MAX_RECORD_BYTES, Options, SnapshotRecord,
+};
+
+use crate::etcd::Etcd;
+use crate::{CLUSTER, LIMIT, PREFIX, environment, host, member, name, options, shows, status};
+
+fn open(etcd: &Etcd, number: u8) -> Directory {
+    Directory::etcd(&etcd.config(), CLUSTER, host(number), options()).unwrap()
+}
+
+fn snapshot(id: &str) -> SnapshotRecord {
+    SnapshotRecord {
+        id: id.to_owned(),
+        name: "first".into(),
+        environment: name("pair"),
+        parent: None,
+        created: "2026-01-01T00:00:00Z".parse().unwrap(),
+        parts: [].into(),
+        detail: serde_json::Value::Null,
+    }
+}
+
+#[tokio::test]
+async fn hosts_see_each_other_come_and_go() {
+    let etcd = Etcd::start();
+    let one = open(&etcd, 1);
+    one.announce(status(100));
+    one.fresh(LIMIT).await.unwrap();
+    assert!(one.view().hosts.is_empty(), "not a member yet");
+    one.found(&member(1)).await.unwrap();
+    assert!(matches!(one.found(&member(2)).await, Err(DirectoryError::Exists { .. })));
+    shows(&one, "its own status", |view| view.is_alive(host(1))).await;
+
+    let two = open(&etcd, 2);
+    let view = two.fresh(LIMIT).await.unwrap();
+    assert_eq!(view.members.get(host(1)), Some(&member(1)));
+    assert_eq!(view.hosts[&host(1)].value.free_memory_bytes, 100);
+    one.announce(status(50));
+    shows(&two, "a new status", |view| view.hosts[&host(1)].value.free_memory_bytes == 50).await;
+
+    two.change_member(host(1), |member| member.draining = true).await.unwrap();
+    assert!(two.view().members.get(host(1)).unwrap().draining, "a write is seen by its writer at once");
+    shows(&one, "the change", |view| view.members.get(host(1)).unwrap().draining).await;
+    assert!(one.view().candidates(&[].into())[0].draining);
+    let missing = two.change_member(host(3), |_| ()).await.unwrap_err();
+    assert_eq!(missing, DirectoryError::Missing { what: format!("host {}", host(3)) });
+
+    // Without a word its lease ends; with one, at once.
+    drop(one);
+    shows(&two, "a lost host", |view| !view.is_alive(host(1)) && view.members.get(host(1)).is_some()).await;
+    let one = open(&etcd, 1);
+    one.announce(status(1));
+    shows(&two, "it is back", |view| view.is_alive(host(1))).await;
+    one.leave().await.unwrap();
+    shows(&two, "it has left", |view| !view.is_alive(host(1))).await;
+
+    let one = open(&etcd, 1);
+    one.announce(status(1));
+    shows(&two, "it is back", |view| view.is_alive(host(1))).await;
+    let mut members = two.members();
+    members.borrow_and_update();
+    two.remove_member(host(1)).await.unwrap();
+    assert!(members.has_changed().unwrap() && members.borrow().get(host(1)).is_none());
+    shows(&one, "it knows", |view| view.members.is_empty()).await;
+    // It may say what it wants: it is not there any more.
+    one.announce(status(7));
+    two.put_snapshot(&snapshot("s"), None).await.unwrap();
+    shows(&one, "something later", |view| !view.snapshots.is_empty()).await;
+    assert!(!one.view().hosts.contains_key(&host(1)));
+}
+
+#[tokio::test]
+async fn writes_are_based_on_what_is_there() {
+    let etcd = Etcd::start();
+    let (one, two) = (open(&etcd, 1), open(&etcd, 2));
+    one.fresh(LIMIT).await.unwrap();
+    two.fresh(LIMIT).await.unwrap();
+    let first = one.put_snapshot(&snapshot("s"), None).await.unwrap();
+    let exists = DirectoryError::Exists { what: "the snapshot s".into() };
+    assert_eq!(two.put_snapshot(&snapshot("s"), None).await, Err(exists));
+    shows(&two, "the snapshot", |view| view.snapshots.contains_key("s")).await;
+    assert_eq!(two.view().snapshots["s"].revision, first);
+    let renamed = SnapshotRecord { name: "second".into(), ..snapshot("s") };
+    let second = two.put_snapshot(&renamed, Some(first)).await.unwrap();
+    let conflict = DirectoryError::Conflict { what: "the snapshot s".into() };
+    assert_eq!(one.put_snapshot(&snapshot("s"), Some(first)).await, Err(conflict.clone()));
+    assert_eq!(one.view().snapshots["s"].value.name, "second", "who fails sees why");
+    assert_eq!(one.remove_snapshot("s", first).await, Err(conflict));
+    one.remove_snapshot("s", second).await.unwrap();
+    assert!(one.view().snapshots.is_empty());
+
+    let detail = serde_json::Value::String("x".repeat(MAX_RECORD_BYTES));
+    let large = one.put_snapshot(&SnapshotRecord { detail, ..snapshot("s") }, None).await;
+    assert!(matches!(large, Err(DirectoryError::TooLarge { .. })), "{large:?}");
+    // The longest that fits does fit.
+    let empty = serde_json::to_string(&SnapshotRecord { detail: "".into(), ..snapshot("s") }).unwrap().len();
+    let detail = serde_json::Value::String("x".repeat(MAX_RECORD_BYTES - empty));
+    one.put_snapshot(&SnapshotRecord { detail, ..snapshot("s") }, None).await.unwrap();
+
+    let lock = one.lock(&name("pair"), "up").await.unwrap();
+    let made = one.put_environment(&environment("pair", 1), None, &lock).await.unwrap();
+    assert!(matches!(
+        one.put_environment(&environment("pair", 2), None, &lock).await,
+        Err(DirectoryError::Exists { .. })
+    ));
+    assert!(matches!(
+        one.put_environment(&environment("other", 1), None, &lock).await,
+        Err(DirectoryError::LockLost(_))
+    ));
+    assert_eq!(*one.view().environments["pair"].value, environment("pair", 1));
+    one.remove_environment(&name("pair"), made, &lock).await.unwrap();
+    shows(&two, "it is gone", |view| view.environments.is_empty()).await;
+}
+
+#[tokio::test]
+async fn many_entries_and_what_is_none_of_ours() {
+    let etcd = Etcd::start();
+    let one = open(&etcd, 1);
+    one.fresh(LIMIT).await.unwrap();
+    // More than one page.
+    for number in 0..450 {
+        etcd.put(
+            &format!("{PREFIX}snapshots/s{number}"),
+            serde_json::to_string(&snapshot(&format!("s{number}"))).unwrap().as_bytes(),
+        );
+    }
+    etcd.put(&format!("{PREFIX}snapshots/bad"), b"{");
+    etcd.put(&format!("{PREFIX}members/xyz"), b"null");
+    etcd.put(&format!("{PREFIX}environments/..%2f"), &[0xff, 0xfe]);
+    etcd.put(&format!("{PREFIX}future/thing"), b"something newer");
+    etcd.put("/diorama/v1/bbbbbbbbbbbbbbbb/snapshots/s", b"another cluster's");
+    let two = open(&etcd, 2);
+    let view = two.fresh(LIMIT).await.unwrap();
+    assert_eq!(view.snapshots.len(), 450);
+    assert_eq!(view.unreadable, ["members/xyz", "snapshots/bad"]);
+    shows(&one, "the same by a watch", |view| view.snapshots.len() == 450).await;
+    etcd.put(&format!("{PREFIX}snapshots/s1"), b"{");
+    shows(&one, "what turned unreadable", |view| view.unreadable.contains(&"snapshots/s1".to_owned())).await;
+    assert_eq!(one.view().snapshots.len(), 449);
+    etcd.delete(&format!("{PREFIX}snapshots/s1"));
+    etcd.delete(&format!("{PREFIX}snapshots/bad"));
+    shows(&one, "it is gone", |view| view.unreadable == ["members/xyz"]).await;
+}
+
+#[tokio::test]
+async fn etcd_dies_and_comes_back() {
+    let mut etcd = Etcd::start();
+    let (one, two) = (open(&etcd, 1), open(&etcd, 2));
+    one.announce(status(100));
+    one.fresh(LIMIT).await.unwrap();
+    one.found(&member(1)).await.unwrap();
+    one.put_snapshot(&snapshot("s"), None).await.unwrap();
+    shows(&two, "a host", |view| view.is_alive(host(1))).await;
+
+    etcd.kill();
+    shows(&one, "stale", |view| !view.is_fresh()).await;
+    shows(&two, "stale", |view| !view.is_fresh()).await;
+    let view = one.view();
+    assert!(view.is_alive(host(1)) && view.snapshots.contains_key("s"), "the last that was known");
+    let Freshness::Stale { since, .. } = &view.freshness else { panic!("stale") };
+    let error = one.put_snapshot(&snapshot("t"), None).await.unwrap_err();
+    assert!(matches!(error, DirectoryError::Unavailable { .. }), "{error}");
+    assert!(error.to_string().contains(&etcd.address().to_string()), "says where: {error}");
+    let error = one.fresh(Duration::from_millis(300)).await.unwrap_err();
+    assert!(matches!(error, DirectoryError::Unavailable { .. }), "{error}");
+    let still = one.view();
+    let Freshness::Stale { since: still, .. } = &still.freshness else { panic!("stale") };
+    assert_eq!(since, still, "since when it was lost, not since the last attempt");
+    // Longer than the lease.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert!(matches!(one.lock(&name("pair"), "x").await, Err(DirectoryError::Unavailable { .. })));
+
+    etcd.start_again();
+    one.fresh(LIMIT).await.unwrap();
+    shows(&two, "fresh again, the host there again", |view| view.is_fresh() && view.is_alive(host(1))).await;
+    one.put_snapshot(&snapshot("t"), None).await.unwrap();
+    shows(&two, "changes arrive again", |view| view.snapshots.contains_key("t")).await;
+}
+
+#[tokio::test]
+async fn etcd_that_does_not_answer() {
+    let etcd = Etcd::start();
+    let one = open(&etcd, 1);
+    one.fresh(LIMIT).await.unwrap();
+    etcd.freeze();
+    let error = one.put_snapshot(&snapshot("s"), None).await.unwrap_err();
+    assert!(matches!(error, DirectoryError::Unavailable { perhaps_done: true, .. }), "{error}");
+    shows(&one, "stale", |view| !view.is_fresh()).await;
+    etcd.resume();
+    shows(&one, "fresh", |view| view.is_fresh()).await;
+    // Perhaps it was: then the view shows it, and the same write says so.
+    let done = one.view().snapshots.contains_key("s");
+    let again = one.put_snapshot(&snapshot("s"), None).await;
+    assert_eq!(done, matches!(again, Err(DirectoryError::Exists { .. })), "{again:?}");
+}
+
+#[tokio::test]
+async fn an_agent_that_starts_without_etcd_knows_its_cluster() {
+    let mut etcd = Etcd::start();
+    let remembered = etcd.folder("remembered");
+    let options = || Options { remembered: Some(remembered.clone()), ..options() };
+    let one = Directory::etcd(&etcd.config(), CLUSTER, host(1), options()).unwrap();
+    one.announce(status(1));
+    one.fresh(LIMIT).await.unwrap();
+    one.found(&member(1)).await.unwrap();
+    let written = tokio::time::timeout(LIMIT, async {
+        while !std::fs::read_to_string(&remembered).is_ok_and(|text| text.contains("members/")) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    written.await.expect("the view is written down");
+    drop(one);
+    etcd.kill();
+    let one = Directory::etcd(&etcd.config(), CLUSTER, host(1), options()).unwrap();
+    let view = one.view();
+    assert!(!view.is_fresh());
+    assert_eq!(view.members.get(host(1)), Some(&member(1)));
+    assert_eq!(one.members().borrow().len(), 1, "TLS knows who may talk");
+    assert!(view.hosts.is_empty(), "who is there is of the moment");
+    etcd.start_again();
+    one.announce(status(1));
+    shows(&one, "all of it", |view| view.is_fresh() && view.is_alive(host(1))).await;
+
+    std::fs::write(&remembered, "{").unwrap();
+    let damaged = Directory::etcd(&etcd.config(), CLUSTER, host(1), options()).unwrap_err().to_string();
+    assert!(damaged.contains("remembered"), "{damaged}");
+}
+
+#[tokio::test]
+async fn one_of_several_addresses_is_enough() {
+    let (absent, etcd) = (Etcd::absent(), Etcd::start());
+    let config = EtcdConfig::at([format!("http://{}", absent.address()), format!("http://{}", etcd.address())]);
+    let one = Directory::etcd(&config, CLUSTER, host(1), options()).unwrap();
+    one.fresh(LIMIT).await.unwrap();
+    one.put_snapshot(&snapshot("s"), None).await.unwrap();
+
+    let error = Directory::etcd(&EtcdConfig::at(["not an address"]), CLUSTER, host(1), options()).unwrap_err();
+    assert!(error.to_string().contains("not an address"), "{error}");
+    let none: [String; 0] = [];
+    assert!(Directory::etcd(&EtcdConfig::at(none), CLUSTER, host(1), options()).is_err());
+}
+
+#[tokio::test]
+async fn a_host_that_is_alone_needs_no_etcd() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("directory.json");
+    let token = {
+        let alone = Directory::local(&path, host(1)).unwrap();
+        alone.announce(status(5));
+        alone.fresh(LIMIT).await.unwrap();
+        alone.found(&member(1)).await.unwrap();
+        shows(&alone, "it is there", |view| view.is_alive(host(1))).await;
+        let lock = alone.lock(&name("pair"), "up").await.unwrap();
+        assert!(matches!(alone.lock(&name("pair"), "up").await, Err(DirectoryError::Held { .. })));
+        alone.put_environment(&environment("pair", 1), None, &lock).await.unwrap();
+        let snapshot = alone.put_snapshot(&snapshot("s"), None).await.unwrap();
+        assert!(matches!(
+            alone.put_snapshot(&crate::directory::snapshot("s"), Some(snapshot + 1)).await,
+            Err(DirectoryError::Conflict { .. })
+        ));
+        lock.token()
+    };
+    // As after a crash: the lock and the status went with the process, the rest stays.
+    let alone = Directory::local(&path, host(1)).unwrap();
+    let view = alone.fresh(LIMIT).await.unwrap();
+    assert!(view.environments.contains_key("pair") && view.snapshots.contains_key("s"));
+    assert_eq!(view.members.get(host(1)), Some(&member(1)));
+    assert!(view.hosts.is_empty());
+    let lock = alone.lock(&name("pair"), "up").await.unwrap();
+    assert!(lock.token() > token, "tokens never repeat");
+    lock.release().await.unwrap();
+    assert!(alone.view().locks.is_empty());
+}
