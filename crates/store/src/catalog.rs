@@ -11,6 +11,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+use crate::address::Address;
 use crate::backend::Object;
 use crate::error::{Damage, StoreError};
 use crate::id::SnapshotId;
@@ -20,6 +21,8 @@ use crate::root::Store;
 /// The fewest digits of an id that are taken for one.
 const PREFIX_DIGITS_MIN: usize = 4;
 const SNAPSHOTS: &str = "snapshots";
+/// An id.
+pub(crate) const NAME_BYTES_MAX: u64 = 64;
 const SUMMARIES_KEY: &str = "cache/summaries";
 /// 10,000 snapshots take about 4 MiB.
 const SUMMARIES_BYTES_MAX: u64 = 256 << 20;
@@ -191,7 +194,13 @@ impl Store {
 
     /// Who has this name. Ask before the work of a snapshot; commit asks again.
     pub fn find_name(&self, environment: &str, name: &str) -> Result<Option<SnapshotId>, StoreError> {
-        let Some(holder) = self.backend().read(&name_key(environment, name), 64)? else { return Ok(None) };
+        let holder = match self.backend().read(&name_key(environment, name), NAME_BYTES_MAX) {
+            Ok(Some(holder)) => holder,
+            Ok(None) => return Ok(None),
+            // A damaged one leads nowhere.
+            Err(error) if error.is_damage() => return Ok(None),
+            Err(error) => return Err(error),
+        };
         let id = std::str::from_utf8(&holder).ok().and_then(|text| text.parse::<SnapshotId>().ok());
         Ok(match id {
             Some(id) if self.exists(&id)? => Some(id),
@@ -214,8 +223,12 @@ impl Store {
         let Ok(Some(bytes)) = self.backend().read(SUMMARIES_KEY, SUMMARIES_BYTES_MAX) else {
             return HashMap::new();
         };
-        // A line that is none is a manifest to be read.
-        let lines = bytes.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
+        // The hash of all that follows stands before it: a damaged cache must not show other names.
+        let Some((hash, rest)) = bytes.split_at_checked(65) else { return HashMap::new() };
+        if hash != format!("{}\n", Address::of(rest)).as_bytes() {
+            return HashMap::new();
+        }
+        let lines = rest.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
         lines.map(|summarised: Summarised| (summarised.entry.id, summarised)).collect()
     }
 
@@ -225,7 +238,9 @@ impl Store {
             serde_json::to_writer(&mut bytes, summarised).expect("an entry is plain data");
             bytes.push(b'\n');
         }
-        if let Err(error) = self.backend().replace(SUMMARIES_KEY, &bytes) {
+        let mut file = format!("{}\n", Address::of(&bytes)).into_bytes();
+        file.append(&mut bytes);
+        if let Err(error) = self.backend().replace(SUMMARIES_KEY, &file) {
             tracing::debug!(%error, "the list of snapshots is not cached");
         }
     }

@@ -1,9 +1,9 @@
 //! Looking whether a store is whole, and mending what can be made again from the rest of it.
 //!
-//! What can be mended is what says nothing of its own: names (every manifest says its own), marks of packs that are
-//! gone, and the cache of summaries. A chunk that is lost is lost; the next snapshot that has it stores it again.
+//! What can be mended is what says nothing of its own: names, which every manifest says too. A chunk that is lost is
+//! lost; the next snapshot that has it stores it again.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 use crate::Progress;
@@ -15,7 +15,7 @@ use crate::id::SnapshotId;
 use crate::index::ChunkSet;
 use crate::manifest::{Manifest, check_part_name, check_snapshot_name};
 use crate::pack::{Opener, PackId};
-use crate::root::{Store, doomed_key, pack_key};
+use crate::root::{Store, pack_key};
 use crate::tree::{self, Place, Visitor};
 
 /// How far a check goes.
@@ -82,12 +82,6 @@ pub enum CheckProblemKind {
         /// Its name.
         name: String,
     },
-    /// A pack is marked to go that is gone. `store check --repair` mends it.
-    #[error("pack {} is marked to go, and is gone", id.short())]
-    StaleMark {
-        /// The pack.
-        id: PackId,
-    },
 }
 
 impl Store {
@@ -121,7 +115,6 @@ impl Store {
         for (id, manifest) in &manifests {
             self.check_name(id, manifest, options, &mut report)?;
         }
-        self.check_marks(options, &mut report)?;
         Ok(report)
     }
 
@@ -261,24 +254,6 @@ impl Store {
             report.repaired.push(problem);
         } else {
             report.problems.push(problem);
-        }
-        Ok(())
-    }
-
-    fn check_marks(&self, options: CheckOptions, report: &mut CheckReport) -> Result<(), StoreError> {
-        let doomed = self.doomed()?;
-        let packs: BTreeSet<PackId> =
-            self.backend().list(crate::root::PACKS)?.iter().filter_map(|o| o.name.parse().ok()).collect();
-        for id in doomed.difference(&packs) {
-            let key = doomed_key(id);
-            let object = self.backend().locate(&key);
-            let problem = CheckProblem { object, kind: CheckProblemKind::StaleMark { id: *id } };
-            if options.repair {
-                self.backend().remove(&key, None)?;
-                report.repaired.push(problem);
-            } else {
-                report.problems.push(problem);
-            }
         }
         Ok(())
     }

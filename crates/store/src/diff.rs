@@ -6,7 +6,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::address::Address;
-use crate::catalog::Stored;
 use crate::error::StoreError;
 use crate::fetch::NodeCache;
 use crate::frames::StoredFrame;

@@ -293,8 +293,7 @@ impl Trace<'_> {
                 .map(|_| {
                     let (sender, work) = (sender.clone(), &work);
                     scope.spawn(move || {
-                        // The receiver lives until every sender is gone.
-                        work(&mut |bytes| drop(sender.send(bytes)))
+                        work(&mut |bytes| sender.send(bytes).expect("the receiver waits"))
                     })
                 })
                 .collect();

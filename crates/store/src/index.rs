@@ -134,10 +134,6 @@ impl Index {
         Some(Found { pack, chunk, group })
     }
 
-    pub(crate) fn pack_of(&self, number: ChunkNumber) -> Option<Arc<Pack>> {
-        self.slots[self.slot_of(number)].pack.clone()
-    }
-
     /// Every other place of a chunk. It looks through everything: for when the first is damaged.
     pub(crate) fn others(&self, address: &Address, not: &PackId) -> Vec<Found> {
         self.packs()
@@ -152,11 +148,6 @@ impl Index {
     /// Every pack, and whether it is doomed.
     pub(crate) fn packs(&self) -> impl Iterator<Item = (&Arc<Pack>, bool)> {
         self.slots.iter().filter_map(|slot| Some((slot.pack.as_ref()?, slot.doomed)))
-    }
-
-    /// One more than the largest number.
-    pub(crate) fn numbers(&self) -> ChunkNumber {
-        self.next
     }
 
     /// How many chunks there are, each counted once.
@@ -291,7 +282,7 @@ mod tests {
         index.add(a, table_a.clone(), false).unwrap();
         index.add(b, table_b, false).unwrap();
         index.add(a, table_a, true).unwrap();
-        assert_eq!((index.chunks(), index.numbers()), (900, 1000));
+        assert_eq!((index.chunks(), index.next), (900, 1000));
         let pack_of = |index: &Index, chunk| {
             index.find(&address(chunk)).and_then(|number| index.locate(number)).map(|found| {
                 assert_eq!(found.pack.table.addresses[found.chunk], address(chunk));

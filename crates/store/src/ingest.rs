@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::Progress;
@@ -41,6 +41,8 @@ pub(crate) struct Target {
     data: Packer,
     tree: Packer,
     staged_bytes: AtomicU64,
+    /// A pack could not be staged, and others may rely on it.
+    broken: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -59,6 +61,7 @@ impl Target {
             data: Packer::new(PackKind::Data),
             tree: Packer::new(PackKind::Tree),
             staged_bytes: AtomicU64::new(0),
+            broken: AtomicBool::new(false),
         }
     }
 
@@ -81,6 +84,9 @@ impl Target {
     /// Makes all packs durable and known. Data before trees: whoever finds a node finds what is below it.
     pub(crate) fn publish(&self) -> Result<(), StoreError> {
         self.close()?;
+        if self.broken.load(Ordering::Relaxed) {
+            return Err(StoreError::WriterFailed { part: "a pack".to_owned() });
+        }
         for packer in [&self.data, &self.tree] {
             let staged = std::mem::take(&mut *lock(&packer.staged));
             let keys: Vec<String> = staged.iter().map(|(id, _)| pack_key(id)).collect();
@@ -135,10 +141,12 @@ impl Target {
         let (id, bytes, table) = pack.finish();
         self.staged_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         // Written while the lock is held: one disk takes one pack at a time as fast as two.
-        match &*lock(&self.session) {
-            Some(session) => session.stage(&pack_key(&id), &bytes)?,
+        let staged = match &*lock(&self.session) {
+            Some(session) => session.stage(&pack_key(&id), &bytes),
             None => unreachable!("nothing is written after the end"),
-        }
+        };
+        self.broken.fetch_or(staged.is_err(), Ordering::Relaxed);
+        staged?;
         lock(&packer.staged).push((id, table));
         Ok(())
     }

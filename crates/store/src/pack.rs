@@ -207,13 +207,6 @@ pub struct SealedGroup {
     chunks: Vec<(Address, u16)>,
 }
 
-impl SealedGroup {
-    /// What it adds to a pack, its part of the table included.
-    pub fn pack_bytes(&self) -> usize {
-        self.stored.len() + TABLE_GROUP_BYTES + self.chunks.len() * TABLE_CHUNK_BYTES
-    }
-}
-
 /// Chunks on their way into a group. Owns the compressor.
 pub struct GroupBuilder {
     kind: PackKind,
@@ -454,13 +447,9 @@ impl Table {
     }
 
     /// How many chunks it has.
+    #[allow(clippy::len_without_is_empty, reason = "nobody asks")]
     pub fn len(&self) -> usize {
         self.addresses.len()
-    }
-
-    /// Whether it has none.
-    pub fn is_empty(&self) -> bool {
-        self.addresses.is_empty()
     }
 
     /// A chunk's length.

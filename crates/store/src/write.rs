@@ -24,7 +24,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::Progress;
 use crate::address::Address;
 use crate::backend::Session;
-use crate::catalog::{manifest_key, name_key};
+use crate::catalog::{NAME_BYTES_MAX, manifest_key, name_key};
 use crate::error::StoreError;
 use crate::files;
 use crate::frames::{self, StoredFrame};
@@ -197,7 +197,15 @@ impl Writer {
             if backend.create(key, text.as_bytes())? {
                 return Ok(());
             }
-            let Some(holder) = backend.read(key, 64)? else { continue };
+            let holder = match backend.read(key, NAME_BYTES_MAX) {
+                Ok(Some(holder)) => holder,
+                Ok(None) => continue,
+                Err(error) if error.is_damage() => {
+                    backend.remove(key, None)?;
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
             let other: Option<SnapshotId> = std::str::from_utf8(&holder).ok().and_then(|t| t.parse().ok());
             if let Some(other) = other {
                 let exists = self.store.exists(&other)?;

@@ -140,7 +140,7 @@ impl Backend for Folder {
 
     fn read(&self, key: &str, limit_bytes: u64) -> Result<Option<Vec<u8>>, StoreError> {
         let path = self.path(key);
-        let file = match files::open_stored_of_any_length(&path) {
+        let file = match files::open_stored(&path) {
             Err(StoreError::Corrupt { damage: Damage::Missing, .. }) => return Ok(None),
             opened => opened?,
         };
@@ -156,7 +156,7 @@ impl Backend for Folder {
 
     fn read_range(&self, key: &str, offset: u64, buffer: &mut [u8]) -> Result<(), StoreError> {
         let path = self.path(key);
-        let file = files::open_stored_of_any_length(&path)?;
+        let file = files::open_stored(&path)?;
         file.read_exact_at(buffer, offset).map_err(|error| files::read_failed(&path, Some(offset), &error))
     }
 
