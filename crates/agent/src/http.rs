@@ -15,7 +15,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use diorama_api::{
     ApiError, CreateSnapshotRequest, DownRequest, ErrorBody, ErrorKind, Event, ExecRequest, ForkRequest,
-    MachinesRequest, RestoreRequest, StopAgentRequest, UpRequest,
+    MachinesRequest, PruneRequest, RestoreRequest, StopAgentRequest, StoreCheckRequest, StoreGcRequest, UpRequest,
 };
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
@@ -52,6 +52,10 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/snapshots/{query}", get(show_snapshot).delete(remove_snapshot))
         .route("/v1/snapshots/{query}/verify", post(verify_snapshot))
         .route("/v1/snapshots/{query}/diff/{other}", get(diff_snapshots))
+        .route("/v1/store", get(store_stats))
+        .route("/v1/store/check", post(check_store))
+        .route("/v1/store/gc", post(collect_store))
+        .route("/v1/store/prune", post(prune_snapshots))
         .fallback(|| async {
             failure(&ApiError::new(ErrorKind::Invalid, "the agent does not know this request").hint(
                 "the client and the agent may be of different versions: `diorama agent stop`, and try again",
@@ -172,6 +176,22 @@ async fn diff_snapshots(
     Query(of): Query<OfEnvironment>,
 ) -> Response {
     document(blocking(move || agent.diff_snapshots(&from, &to, of.environment.as_deref())).await)
+}
+
+async fn store_stats(State(agent): Shared) -> Response {
+    document(blocking(move || agent.store_stats()).await)
+}
+
+async fn check_store(State(agent): Shared, Json(request): Json<StoreCheckRequest>) -> Response {
+    events(move |operation| agent.check_store(request, operation))
+}
+
+async fn collect_store(State(agent): Shared, Json(request): Json<StoreGcRequest>) -> Response {
+    events(move |operation| agent.collect_store(request, operation))
+}
+
+async fn prune_snapshots(State(agent): Shared, Json(request): Json<PruneRequest>) -> Response {
+    events(move |operation| agent.prune_snapshots(&request, operation))
 }
 
 /// Joins the client's connection and the machine's serial console.

@@ -24,6 +24,7 @@ mod dataplane;
 mod disks;
 mod doctor;
 mod down;
+mod file_cache;
 mod guest;
 mod hardware;
 mod http;
@@ -43,6 +44,7 @@ mod snapshots;
 mod status;
 mod takeover;
 mod up;
+mod upkeep;
 
 use std::sync::Arc;
 
@@ -57,6 +59,7 @@ pub use keeper::keep_captures;
 pub use serve::{Options, run};
 
 use dataplane::DataPlane;
+use file_cache::FileCache;
 use hardware::Hardware;
 use ram_cache::RamCache;
 use slot::Slots;
@@ -69,6 +72,7 @@ pub(crate) struct Agent {
     hardware: Hardware,
     store: Store,
     cache: RamCache,
+    files: FileCache,
     plane: DataPlane,
     slots: Slots,
     /// Told when the agent is to stop.
@@ -80,8 +84,8 @@ impl Agent {
     fn open(folders: Folders) -> Result<Arc<Self>, ApiError> {
         folders.create()?;
         let store = Store::open(&folders.store()).map_err(problem::store_error)?;
-        store.recover().map_err(problem::store_error)?;
         let cache = RamCache::open(folders.runtime(), folders.home())?;
+        let files = FileCache::open(folders.home())?;
         let plane = DataPlane::start()
             .map_err(|error| ApiError::new(ErrorKind::Io, format!("the data plane cannot start: {error}")))?;
         let agent = Arc::new(Self {
@@ -89,6 +93,7 @@ impl Agent {
             hardware: Hardware::default(),
             store,
             cache,
+            files,
             plane,
             slots: Slots::default(),
             stop: Notify::new(),

@@ -51,7 +51,10 @@ pub(crate) fn store_error(error: StoreError) -> ApiError {
             .hint("choose another name, or delete that one with `diorama snapshot rm`"),
         StoreError::BadName { .. } => ApiError::new(ErrorKind::Invalid, message)
             .hint("a name has letters, digits, `.`, `_` and `-`, and starts with a letter or digit"),
-        StoreError::Corrupt { .. } => ApiError::new(ErrorKind::Corrupt, message).hint(
+        StoreError::CannotCollect { .. } => ApiError::new(ErrorKind::Corrupt, message).hint(
+            "`diorama store check` says what is damaged; `diorama snapshot rm` removes a snapshot that cannot be mended",
+        ),
+        StoreError::Corrupt { .. } | StoreError::PartDamaged { .. } => ApiError::new(ErrorKind::Corrupt, message).hint(
             "the stored data is damaged: `diorama snapshot verify` lists everything that is wrong; another snapshot \
              may be whole",
         ),

@@ -247,6 +247,8 @@ impl Agent {
         specification: &Environment,
         disk_folder: &Path,
     ) -> Result<Planned, ApiError> {
+        // Until all files have a second name in the environment's folder.
+        let _held = self.files.hold();
         let mut plans = Vec::new();
         let mut all_disks = BTreeMap::new();
         for machine in &specification.machines {
@@ -255,14 +257,14 @@ impl Agent {
                 ApiError::new(ErrorKind::Corrupt, format!("the snapshot's manifest lacks machine {name}"))
             })?;
             let disks = self
-                .stored_disks(stored, name)?
+                .stored_disks(saved)?
                 .iter()
                 .map(|disk| link_and_extend(disk, &disk_folder.join(name)))
                 .collect::<Result<Vec<_>, _>>()?;
             all_disks.insert(name.to_owned(), disks.clone());
             plans.push(MachinePlan {
                 hardware: self.stored_hardware(name, &saved.hardware)?,
-                boot: self.stored_boot(slot, stored, saved)?,
+                boot: self.stored_boot(slot, saved)?,
                 disks,
                 from: Some(Saved {
                     ram: loaded.folder.join(name),
@@ -316,16 +318,16 @@ impl Agent {
     fn stored_boot(
         &self,
         slot: &Slot,
-        stored: &Stored,
         saved: &diorama_store::MachineRecord,
     ) -> Result<BootRecord, ApiError> {
         let Some(kernel) = &saved.kernel else { return Ok(BootRecord::Disk) };
         let folder = slot.folder(&self.folders).join("boot");
         std::fs::create_dir_all(&folder).map_err(|error| io_error(&folder, &error))?;
-        let link = |blob: &diorama_store::BlobRecord| -> Result<PathBuf, ApiError> {
-            let path = folder.join(&blob.blake3);
+        let link = |blob: &diorama_store::FileRecord| -> Result<PathBuf, ApiError> {
+            let path = folder.join(blob.root.to_string());
             if !path.is_file() {
-                let source = self.store.blob_file(stored, blob).map_err(store_error)?;
+                let load = |file: &std::fs::File| self.store.copy_blob(blob, file);
+                let source = self.files.get(&self.store, &blob.root, blob.bytes, load)?;
                 diorama_store::link_file(&source, &path).map_err(store_error)?;
             }
             Ok(path)
@@ -337,21 +339,19 @@ impl Agent {
         })
     }
 
-    fn stored_disks(&self, stored: &Stored, machine: &str) -> Result<Vec<DiskRecord>, ApiError> {
-        let files = self.store.disk_files(stored, machine).map_err(store_error)?;
-        files
-            .into_iter()
-            .map(|disk| {
-                let base = disk.base.map(|base| check_base(&base)).transpose()?;
-                let layers = disk
-                    .layers
-                    .into_iter()
-                    .enumerate()
-                    .map(|(node, layer)| LayerRecord { file: layer.path, node })
-                    .collect();
-                Ok(DiskRecord { name: disk.name, virtual_bytes: disk.virtual_bytes, base, layers })
-            })
-            .collect()
+    /// A machine's disks, their layers as whole files in the cache.
+    fn stored_disks(&self, saved: &diorama_store::MachineRecord) -> Result<Vec<DiskRecord>, ApiError> {
+        let layer = |(node, layer): (usize, &diorama_store::LayerRecord)| {
+            let load = |file: &std::fs::File| self.store.copy_layer(layer, file, &mut |_, _| {});
+            let file = self.files.get(&self.store, &layer.root, layer.bytes, load)?;
+            Ok(LayerRecord { file, node })
+        };
+        let disk = |disk: &diorama_store::DiskRecord| {
+            let base = disk.base.as_ref().map(check_base).transpose()?;
+            let layers = disk.layers.iter().enumerate().map(layer).collect::<Result<_, ApiError>>()?;
+            Ok(DiskRecord { name: disk.name.clone(), virtual_bytes: disk.virtual_bytes, base, layers })
+        };
+        saved.disks.iter().map(disk).collect()
     }
 
     /// Puts what the switch knew and the frames in flight into the launched segment.

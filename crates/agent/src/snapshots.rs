@@ -5,7 +5,7 @@ use diorama_api::{
     FramesReport, Here, InFlightPolicy, MachineDiff, MachineReport, NetworkReport, RemoveReport,
     SnapshotList, SnapshotReport, SnapshotSummary, VerifyProblem, VerifyReport,
 };
-use diorama_store::{Accounting, Capture, MachineState, ProblemKind, SnapshotId, Stored, Summary};
+use diorama_store::{Accounting, Capture, MachineState, SnapshotId, StoreError, Stored, Summary};
 
 use crate::Agent;
 use crate::operation::Operation;
@@ -60,9 +60,18 @@ impl Agent {
         let id = self.resolve_snapshot(query, environment)?;
         // A damaged one is deleted all the same; then it has no name.
         let name = self.store.load(&id).map(|stored| stored.manifest.name).unwrap_or_default();
-        let removed = self.store.remove(&id).map_err(store_error)?;
-        self.cache.remove(&id);
-        Ok(RemoveReport { id: id.to_string(), name, freed_bytes: removed.bytes })
+        self.drop_snapshot(&id).map_err(store_error)?;
+        let freed_bytes = self.collect_after_removal();
+        Ok(RemoveReport { id: id.to_string(), name, freed_bytes })
+    }
+
+    /// Deletes one, and what the caches hold of it. The store's space is given back by collecting.
+    pub(crate) fn drop_snapshot(&self, id: &SnapshotId) -> Result<(), StoreError> {
+        let parts = self.store.load(id).map(|stored| stored.manifest.parts()).unwrap_or_default();
+        self.store.remove(id)?;
+        self.cache.remove(id);
+        self.files.forget(parts.iter().map(|part| part.root));
+        Ok(())
     }
 
     /// Hashes and counts everything again.
@@ -78,14 +87,13 @@ impl Agent {
             .store
             .verify(&id, &mut |done, total| operation.bytes("verifying", done, total))
             .map_err(store_error)?;
-        let folder = stored.as_ref().map(|stored| stored.folder.clone()).unwrap_or_default();
         let problems = verified.problems.iter().map(|problem| VerifyProblem {
-            file: problem.file.strip_prefix(&folder).unwrap_or(&problem.file).display().to_string(),
-            offset: match &problem.kind {
-                ProblemKind::Damaged(diorama_store::Damage::Contents { offset }) => *offset,
-                _ => None,
+            file: problem.part.clone(),
+            offset: problem.offset,
+            problem: match &problem.object {
+                Some(object) => format!("{}: {}", object.display(), problem.kind),
+                None => problem.kind.to_string(),
             },
-            problem: problem.kind.to_string(),
         });
         Ok(VerifyReport {
             id: id.to_string(),

@@ -27,8 +27,9 @@ use tokio::task::JoinHandle;
 use crate::{
     AgentInfo, ApiError, CreateSnapshotRequest, DiffReport, DownReport, DownRequest, Empty,
     EnvironmentStatus, ErrorBody, ErrorKind, Event, ExecReport, ExecRequest, Folders, ForkReport,
-    ForkRequest, MachinesRequest, Progress, RemoveReport, RestoreReport, RestoreRequest, SnapshotList,
-    SnapshotReport, StopAgentRequest, UpRequest, VerifyReport,
+    ForkRequest, MachinesRequest, Progress, PruneReport, PruneRequest, RemoveReport, RestoreReport,
+    RestoreRequest, SnapshotList, SnapshotReport, StopAgentRequest, StoreCheckReport, StoreCheckRequest,
+    StoreGcReport, StoreGcRequest, StoreStats, UpRequest, VerifyReport,
 };
 
 /// The largest answer, and the longest line of an event stream, that the client takes: an `exec` report may
@@ -418,6 +419,50 @@ impl Client {
         observer: impl Observer,
     ) -> Result<VerifyReport, ClientError> {
         self.operate(&snapshot_path(query, "/verify", environment), &Empty {}, observer).await
+    }
+
+    /// What the store holds.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn store_stats(&self) -> Result<StoreStats, ClientError> {
+        self.ask(Method::GET, "/v1/store").await
+    }
+
+    /// Looks whether the store is whole.
+    ///
+    /// # Errors
+    /// See [`ClientError`]. Damage found is not an error: see the report.
+    pub async fn check_store(
+        &self,
+        request: &StoreCheckRequest,
+        observer: impl Observer,
+    ) -> Result<StoreCheckReport, ClientError> {
+        self.operate("/v1/store/check", request, observer).await
+    }
+
+    /// Gives back the space of what no snapshot needs.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn collect_store(
+        &self,
+        request: &StoreGcRequest,
+        observer: impl Observer,
+    ) -> Result<StoreGcReport, ClientError> {
+        self.operate("/v1/store/gc", request, observer).await
+    }
+
+    /// Removes the snapshots that no rule keeps.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn prune_snapshots(
+        &self,
+        request: &PruneRequest,
+        observer: impl Observer,
+    ) -> Result<PruneReport, ClientError> {
+        self.operate("/v1/store/prune", request, observer).await
     }
 
     /// Compares two snapshots.

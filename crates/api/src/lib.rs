@@ -26,6 +26,10 @@
 //! | `DELETE /v1/snapshots/{query}?environment=` | | [`RemoveReport`] |
 //! | `POST /v1/snapshots/{query}/verify?environment=` | | events, [`VerifyReport`] |
 //! | `GET /v1/snapshots/{query}/diff/{other}?environment=` | | [`DiffReport`] |
+//! | `GET /v1/store` | | [`StoreStats`] |
+//! | `POST /v1/store/check` | [`StoreCheckRequest`] | events, [`StoreCheckReport`] |
+//! | `POST /v1/store/gc` | [`StoreGcRequest`] | events, [`StoreGcReport`] |
+//! | `POST /v1/store/prune` | [`PruneRequest`] | events, [`PruneReport`] |
 //!
 //! An error outside an event stream has a 4xx or 5xx status and an [`ErrorBody`].
 
@@ -35,6 +39,7 @@ mod error;
 mod event;
 mod folders;
 mod snapshot;
+mod store;
 mod system;
 
 pub use client::*;
@@ -43,4 +48,5 @@ pub use error::*;
 pub use event::*;
 pub use folders::*;
 pub use snapshot::*;
+pub use store::*;
 pub use system::*;

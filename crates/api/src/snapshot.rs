@@ -249,7 +249,7 @@ pub struct VerifyReport {
 /// One thing wrong with a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VerifyProblem {
-    /// The file inside the snapshot.
+    /// The part of the snapshot: `manifest`, `ram/server`, `disks/server/root/0.qcow2`, …
     pub file: String,
     /// The first bad byte's position, where it is known.
     pub offset: Option<u64>,

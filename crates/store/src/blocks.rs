@@ -1,22 +1,19 @@
-//! Sparse files in blocks of 1 MiB: walked without reading holes, hashed block by block, written without zero pages.
+//! Sparse files in blocks of 1 MiB: walked without reading holes, written without zero pages.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::LazyLock;
 
-use blake3::Hash;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
-use crate::error::{Damage, StoreError};
+use crate::error::StoreError;
+use crate::tree::PAGE_BYTES;
 
-/// The unit in which memory is hashed: damage is found to within one.
-pub const BLOCK_BYTES: u64 = 1 << 20;
-/// The unit in which memory is sparse: a page of zeros is a hole.
-pub const PAGE_BYTES: u64 = 4096;
+/// How much of a file is read at once.
+const BLOCK_BYTES: u64 = 1 << 20;
 
 const BLOCK: usize = BLOCK_BYTES as usize;
 const PAGE: usize = PAGE_BYTES as usize;
@@ -25,7 +22,6 @@ const PAGE: usize = PAGE_BYTES as usize;
 const WRITE_OUT_BYTES: u64 = 8 << 20;
 
 static ZEROS: [u8; BLOCK] = [0; BLOCK];
-static ZERO_BLOCK_HASH: LazyLock<Hash> = LazyLock::new(|| blake3::hash(&ZEROS));
 
 /// Up to [`BLOCK_BYTES`] of a file; only the last may be shorter.
 pub(crate) struct Block<'a> {
@@ -35,11 +31,8 @@ pub(crate) struct Block<'a> {
 }
 
 impl Block<'_> {
-    pub(crate) fn hash(&self) -> Hash {
-        if self.is_zero && self.bytes.len() == BLOCK {
-            return *ZERO_BLOCK_HASH;
-        }
-        blake3::hash(self.bytes)
+    pub(crate) fn is_zero(&self) -> bool {
+        self.is_zero
     }
 
     pub(crate) fn end(&self) -> u64 {
@@ -75,18 +68,6 @@ pub(crate) fn walk<E>(
         offset += length;
     }
     Ok(())
-}
-
-/// Reads one block.
-pub(crate) fn read_block(file: &File, bytes: u64, index: u64, buffer: &mut Vec<u8>) -> io::Result<()> {
-    let offset = index * BLOCK_BYTES;
-    buffer.resize(BLOCK_BYTES.min(bytes.saturating_sub(offset)) as usize, 0);
-    file.read_exact_at(buffer, offset)
-}
-
-/// How many blocks a file of this length has.
-pub(crate) fn block_count(bytes: u64) -> u64 {
-    bytes.div_ceil(BLOCK_BYTES)
 }
 
 /// Writes blocks into a file, leaving out pages of zeros.
@@ -138,46 +119,6 @@ impl<'a> SparseWriter<'a> {
     }
 }
 
-/// The hash of each block of a file, as its `.blocks` file holds them.
-#[derive(Default)]
-pub(crate) struct BlockHashes {
-    bytes: Vec<u8>,
-}
-
-impl BlockHashes {
-    pub(crate) fn push(&mut self, hash: &Hash) {
-        self.bytes.extend_from_slice(hash.as_bytes());
-    }
-
-    /// The hash of the `.blocks` file, which the manifest holds.
-    pub(crate) fn root(&self) -> Hash {
-        blake3::hash(&self.bytes)
-    }
-
-    pub(crate) fn as_bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-
-    /// The hashes in a `.blocks` file, after checking that it is the one that was written.
-    pub(crate) fn from_stored(bytes: Vec<u8>, root: &str, path: &Path) -> Result<Self, StoreError> {
-        let hashes = Self { bytes };
-        if hashes.root().to_hex().as_str() != root {
-            return Err(StoreError::corrupt(path, Damage::Contents { offset: None }));
-        }
-        Ok(hashes)
-    }
-
-    pub(crate) fn get(&self, index: u64) -> Option<&[u8]> {
-        let start = usize::try_from(index).ok()?.checked_mul(32)?;
-        self.bytes.get(start..start.checked_add(32)?)
-    }
-}
-
-/// The length of the `.blocks` file of a memory of this size.
-pub(crate) fn block_hashes_bytes(bytes: u64) -> u64 {
-    block_count(bytes) * 32
-}
-
 /// Compared with memcmp, which is fast in unoptimised builds too.
 pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     bytes.chunks(BLOCK).all(|part| *part == ZEROS[..part.len()])
@@ -198,7 +139,7 @@ fn data_from(file: &File, offset: u64) -> io::Result<u64> {
 }
 
 /// Asks the kernel to start writing a range; a hint, so that failing is no error.
-fn start_writing_out(file: &File, offset: u64, bytes: u64) {
+pub(crate) fn start_writing_out(file: &File, offset: u64, bytes: u64) {
     let (Ok(offset), Ok(bytes)) = (i64::try_from(offset), i64::try_from(bytes)) else {
         return;
     };

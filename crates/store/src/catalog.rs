@@ -1,16 +1,33 @@
 //! Which snapshots there are, and which one a user means.
+//!
+//! `snapshots/<id>.json` is a snapshot; `names/<environment>/<name>` holds the id of the one that has this name there,
+//! so that of several writers one gets a name. What a list says of each snapshot is kept in memory and in
+//! `cache/summaries`, since a manifest never changes: an entry is used as long as its manifest's length and time are
+//! those that it was made of. Losing that file costs time and nothing else.
 
-use std::path::PathBuf;
+use std::collections::HashMap;
+use std::sync::PoisonError;
+use std::time::SystemTime;
 
-use crate::error::StoreError;
-use crate::files;
+use serde::{Deserialize, Serialize};
+
+use crate::address::Address;
+use crate::backend::Object;
+use crate::error::{Damage, StoreError};
 use crate::id::SnapshotId;
 use crate::manifest::{Bytes, Manifest, Receipt};
-use crate::read::{read_manifest, read_receipt};
 use crate::root::Store;
 
 /// The fewest digits of an id that are taken for one.
 const PREFIX_DIGITS_MIN: usize = 4;
+const SNAPSHOTS: &str = "snapshots";
+/// An id.
+pub(crate) const NAME_BYTES_MAX: u64 = 64;
+const SUMMARIES_KEY: &str = "cache/summaries";
+/// 10,000 snapshots take about 4 MiB.
+const SUMMARIES_BYTES_MAX: u64 = 256 << 20;
+/// The cache is written again when a list had to read this many manifests, and a fiftieth of all.
+const STALE_ENTRIES_MAX: usize = 32;
 /// How many similar names an error offers.
 const NEAR_MAX: usize = 5;
 
@@ -21,7 +38,7 @@ pub enum Summary {
     Intact(Entry),
     /// Its manifest cannot be used. It can still be removed.
     Damaged {
-        /// Its id, from its folder's name.
+        /// Its id, from its manifest's key.
         id: SnapshotId,
         /// Why.
         error: StoreError,
@@ -29,7 +46,7 @@ pub enum Summary {
 }
 
 /// What a list says of a snapshot.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
     /// Its id.
     pub id: SnapshotId,
@@ -58,30 +75,82 @@ pub struct Stored {
     pub manifest: Manifest,
     /// What was written after it was durable; may be lost.
     pub receipt: Option<Receipt>,
-    /// Where it is.
-    pub folder: PathBuf,
+}
+
+/// Entries of snapshots seen before.
+#[derive(Debug, Default)]
+pub(crate) struct Summaries {
+    loaded: bool,
+    known: HashMap<SnapshotId, Summarised>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Summarised {
+    /// The manifest that it was made of: its length, and when it was written, in nanoseconds after 1970.
+    version: (u64, u64),
+    entry: Entry,
 }
 
 impl Store {
     /// All snapshots, oldest first; damaged ones last. One that is removed meanwhile is left out.
     pub fn list(&self) -> Result<Vec<Summary>, StoreError> {
-        let mut summaries = Vec::new();
-        for id in self.ids()? {
-            match read_manifest(&self.folder(&id), &id) {
-                Ok(manifest) => summaries.push(Summary::Intact(Entry::new(id, manifest))),
-                Err(StoreError::Missing { .. }) => {}
-                Err(_) if !self.folder(&id).exists() => {}
-                Err(error) => summaries.push(Summary::Damaged { id, error }),
-            }
+        let objects = self.backend().list(SNAPSHOTS)?;
+        let mut cache = self.summaries().lock().unwrap_or_else(PoisonError::into_inner);
+        if !cache.loaded {
+            cache.known = self.read_summaries();
+            cache.loaded = true;
         }
+        let mut present = HashMap::with_capacity(objects.len());
+        let mut summaries = Vec::with_capacity(objects.len());
+        let mut read = 0;
+        for object in &objects {
+            // What is not called like a snapshot's manifest is none.
+            let Some(id) = snapshot_of(&object.name) else { continue };
+            let version = version(object);
+            let entry = match cache.known.remove(&id) {
+                Some(known) if known.version == version => known.entry,
+                _ => {
+                    read += 1;
+                    match self.read_manifest(&id) {
+                        Ok(manifest) => Entry::new(id, manifest),
+                        Err(StoreError::Missing { .. }) => continue,
+                        Err(error) => {
+                            summaries.push(Summary::Damaged { id, error });
+                            continue;
+                        }
+                    }
+                }
+            };
+            present.insert(id, Summarised { version, entry: entry.clone() });
+            summaries.push(Summary::Intact(entry));
+        }
+        cache.known = present;
+        if read > STALE_ENTRIES_MAX + summaries.len() / 50 {
+            self.write_summaries(&cache.known);
+        }
+        drop(cache);
         summaries.sort_by(|a, b| a.key().cmp(&b.key()));
         Ok(summaries)
     }
 
-    /// Opens a snapshot. Its manifest is checked, its other files when they are read.
+    /// Opens a snapshot. Its manifest is checked, its parts when they are read.
     pub fn load(&self, id: &SnapshotId) -> Result<Stored, StoreError> {
-        let folder = self.folder(id);
-        Ok(Stored { id: *id, manifest: read_manifest(&folder, id)?, receipt: read_receipt(&folder), folder })
+        let stored = Stored { id: *id, manifest: self.read_manifest(id)?, receipt: self.read_receipt(id) };
+        // Another process may have taken it.
+        if !self.knows(&stored) {
+            self.refresh()?;
+        }
+        Ok(stored)
+    }
+
+    /// Whether there is such a snapshot, damaged or not.
+    pub fn exists(&self, id: &SnapshotId) -> Result<bool, StoreError> {
+        match self.backend().read_range(&manifest_key(id), 0, &mut [0]) {
+            Ok(()) => Ok(true),
+            Err(StoreError::Corrupt { damage: Damage::Missing, .. }) => Ok(false),
+            Err(error) if error.is_damage() => Ok(true),
+            Err(error) => Err(error),
+        }
     }
 
     /// The snapshot that a user means by `environment/name`, a name, an id, or at least four digits of one.
@@ -90,7 +159,7 @@ impl Store {
     /// of an id, if only one has it.
     pub fn resolve(&self, query: &str, environment: Option<&str>) -> Result<SnapshotId, StoreError> {
         if let Ok(id) = query.parse::<SnapshotId>()
-            && self.folder(&id).is_dir()
+            && self.exists(&id)?
         {
             return Ok(id);
         }
@@ -125,19 +194,80 @@ impl Store {
 
     /// Who has this name. Ask before the work of a snapshot; commit asks again.
     pub fn find_name(&self, environment: &str, name: &str) -> Result<Option<SnapshotId>, StoreError> {
-        let has_it = |summary: &Summary| {
-            summary.entry().is_some_and(|entry| entry.environment == environment && entry.name == name)
+        let holder = match self.backend().read(&name_key(environment, name), NAME_BYTES_MAX) {
+            Ok(Some(holder)) => holder,
+            Ok(None) => return Ok(None),
+            // A damaged one leads nowhere.
+            Err(error) if error.is_damage() => return Ok(None),
+            Err(error) => return Err(error),
         };
-        Ok(self.list()?.iter().find(|s| has_it(s)).map(Summary::id))
+        let id = std::str::from_utf8(&holder).ok().and_then(|text| text.parse::<SnapshotId>().ok());
+        Ok(match id {
+            Some(id) if self.exists(&id)? => Some(id),
+            _ => None,
+        })
     }
 
-    /// The ids of all folders. What is not called like an id is not a snapshot's.
+    /// The ids of all manifests.
     pub(crate) fn ids(&self) -> Result<Vec<SnapshotId>, StoreError> {
-        Ok(files::list(&self.snapshots())?
-            .iter()
-            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-            .collect())
+        Ok(self.backend().list(SNAPSHOTS)?.iter().filter_map(|object| snapshot_of(&object.name)).collect())
     }
+
+    fn knows(&self, stored: &Stored) -> bool {
+        let index = self.index();
+        let parts = stored.manifest.parts();
+        parts.iter().all(|part| part.root.is_zero() || index.find(&part.root).is_some())
+    }
+
+    fn read_summaries(&self) -> HashMap<SnapshotId, Summarised> {
+        let Ok(Some(bytes)) = self.backend().read(SUMMARIES_KEY, SUMMARIES_BYTES_MAX) else {
+            return HashMap::new();
+        };
+        // The hash of all that follows stands before it: a damaged cache must not show other names.
+        let Some((hash, rest)) = bytes.split_at_checked(65) else { return HashMap::new() };
+        if hash != format!("{}\n", Address::of(rest)).as_bytes() {
+            return HashMap::new();
+        }
+        let lines = rest.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
+        lines.map(|summarised: Summarised| (summarised.entry.id, summarised)).collect()
+    }
+
+    fn write_summaries(&self, known: &HashMap<SnapshotId, Summarised>) {
+        let mut bytes = Vec::new();
+        for summarised in known.values() {
+            serde_json::to_writer(&mut bytes, summarised).expect("an entry is plain data");
+            bytes.push(b'\n');
+        }
+        let mut file = format!("{}\n", Address::of(&bytes)).into_bytes();
+        file.append(&mut bytes);
+        if let Err(error) = self.backend().replace(SUMMARIES_KEY, &file) {
+            tracing::debug!(%error, "the list of snapshots is not cached");
+        }
+    }
+}
+
+/// The key of a snapshot's manifest.
+pub(crate) fn manifest_key(id: &SnapshotId) -> String {
+    format!("{SNAPSHOTS}/{id}.json")
+}
+
+/// The key of what was written after it was durable.
+pub(crate) fn receipt_key(id: &SnapshotId) -> String {
+    format!("receipts/{id}.json")
+}
+
+/// The key of the object that says who has a name; both have been checked to be names.
+pub(crate) fn name_key(environment: &str, name: &str) -> String {
+    format!("names/{environment}/{name}")
+}
+
+fn snapshot_of(name: &str) -> Option<SnapshotId> {
+    name.strip_suffix(".json")?.parse().ok()
+}
+
+fn version(object: &Object) -> (u64, u64) {
+    let since = object.modified.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    (object.bytes, u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
 }
 
 impl Summary {

@@ -1,19 +1,18 @@
 //! How two snapshots differ.
 //!
-//! Memory is compared by block hashes first; only blocks that differ are read, checked, and compared page by page.
-//! Disks are compared by layer: layers are immutable, so that one is in both snapshots or in one.
+//! Memory is compared tree by tree: a subtree that both have is passed over without being read, and pages themselves
+//! are never read. Disks are compared by layer: layers are immutable, so that one is in both snapshots or in one.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::blocks::{self, BLOCK_BYTES, BlockHashes, PAGE_BYTES};
-use crate::catalog::Stored;
-use crate::error::{Damage, StoreError};
-use crate::files;
+use crate::address::Address;
+use crate::error::StoreError;
+use crate::fetch::NodeCache;
 use crate::frames::StoredFrame;
 use crate::id::SnapshotId;
-use crate::manifest::{DiskRecord, MachineRecord};
-use crate::read::open_ram;
+use crate::manifest::{DiskRecord, MachineRecord, Part};
 use crate::root::Store;
+use crate::tree::{self, PAGE_BYTES, Place, Shape, Visitor};
 
 /// How snapshot `b` differs from snapshot `a`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,7 +34,7 @@ pub enum MachineDiff {
     Both {
         /// Its name.
         name: String,
-        /// Pages of [`PAGE_BYTES`] whose contents differ; pages that only the larger memory has count if not zero.
+        /// Pages of [`PAGE_BYTES`](crate::PAGE_BYTES) whose contents differ; pages that only the larger memory has count if not zero.
         pages_differing: u64,
         /// Pages of the larger memory.
         pages: u64,
@@ -94,7 +93,7 @@ impl Store {
             .map(|name| {
                 let only = name.to_owned();
                 match (a.manifest.machine(name), b.manifest.machine(name)) {
-                    (Some(in_a), Some(in_b)) => diff_machine(&a, in_a, &b, in_b),
+                    (Some(in_a), Some(in_b)) => self.diff_machine(in_a, in_b),
                     (Some(_), None) => Ok(MachineDiff::OnlyA { name: only }),
                     (None, _) => Ok(MachineDiff::OnlyB { name: only }),
                 }
@@ -109,89 +108,101 @@ impl Store {
     }
 }
 
-fn diff_machine(
-    a: &Stored,
-    in_a: &MachineRecord,
-    b: &Stored,
-    in_b: &MachineRecord,
-) -> Result<MachineDiff, StoreError> {
-    Ok(MachineDiff::Both {
-        name: in_a.name.clone(),
-        pages_differing: diff_ram(a, in_a, b, in_b)?,
-        pages: in_a.ram.bytes.max(in_b.ram.bytes) / PAGE_BYTES,
-        state_differs: in_a.device_state.blake3 != in_b.device_state.blake3,
-        disks: diff_disks(&in_a.disks, &in_b.disks),
-    })
-}
-
-fn diff_ram(a: &Stored, in_a: &MachineRecord, b: &Stored, in_b: &MachineRecord) -> Result<u64, StoreError> {
-    if in_a.ram.root == in_b.ram.root && in_a.ram.bytes == in_b.ram.bytes {
-        return Ok(0);
+impl Store {
+    fn diff_machine(&self, a: &MachineRecord, b: &MachineRecord) -> Result<MachineDiff, StoreError> {
+        Ok(MachineDiff::Both {
+            name: a.name.clone(),
+            pages_differing: self.diff_ram(&a.ram.part(&a.name), &b.ram.part(&b.name))?,
+            pages: a.ram.bytes.max(b.ram.bytes) / PAGE_BYTES,
+            state_differs: a.device_state != b.device_state,
+            disks: diff_disks(&a.disks, &b.disks),
+        })
     }
-    let mut a = Side::open(a, in_a)?;
-    let mut b = Side::open(b, in_b)?;
-    let mut differing = 0;
-    for index in 0..blocks::block_count(a.bytes.max(b.bytes)) {
-        // A short last block and a full one never have the same hash, so equal hashes mean equal contents.
-        if a.hashes.get(index) == b.hashes.get(index) {
-            continue;
+
+    fn diff_ram(&self, a: &Part, b: &Part) -> Result<u64, StoreError> {
+        if a.shape == b.shape {
+            let mut nodes = [NodeCache::default(), NodeCache::default()];
+            let pair = [a.root, b.root];
+            return self
+                .diff_nodes(&a.shape, a.shape.depth(), 0, &pair, &mut nodes)
+                .map_err(|error| error.within(&a.name, None));
         }
-        a.read(index)?;
-        b.read(index)?;
-        differing += a
-            .buffer
-            .chunks(PAGE_BYTES as usize)
-            .zip(b.buffer.chunks(PAGE_BYTES as usize))
-            .filter(|(a, b)| a != b)
-            .count() as u64;
-    }
-    Ok(differing)
-}
-
-/// One machine's memory.
-struct Side {
-    file: std::fs::File,
-    path: std::path::PathBuf,
-    bytes: u64,
-    hashes: BlockHashes,
-    /// A block, filled up with zeros.
-    buffer: Vec<u8>,
-}
-
-impl Side {
-    fn open(stored: &Stored, machine: &MachineRecord) -> Result<Self, StoreError> {
-        let (file, path, hashes) = open_ram(&stored.folder, &machine.ram)?;
-        Ok(Self { file, path, bytes: machine.ram.bytes, hashes, buffer: Vec::new() })
+        let (a, b) = (self.pages(a)?, self.pages(b)?);
+        let in_b = |page: &&u64| a.get(page) != b.get(page);
+        let all: BTreeSet<&u64> = a.keys().chain(b.keys()).collect();
+        Ok(all.into_iter().filter(in_b).count() as u64)
     }
 
-    fn read(&mut self, index: u64) -> Result<(), StoreError> {
-        let offset = index * BLOCK_BYTES;
-        if let Some(expected) = self.hashes.get(index) {
-            blocks::read_block(&self.file, self.bytes, index, &mut self.buffer)
-                .map_err(|e| files::read_failed(&self.path, Some(offset), &e))?;
-            if blake3::hash(&self.buffer).as_bytes() != expected {
-                let offset = Some(offset);
-                return Err(StoreError::corrupt(&self.path, Damage::Contents { offset }));
+    /// How many leaves differ below two nodes of the same place.
+    fn diff_nodes(
+        &self,
+        shape: &Shape,
+        level: u32,
+        first_leaf: u64,
+        pair: &[Address; 2],
+        nodes: &mut [NodeCache; 2],
+    ) -> Result<u64, StoreError> {
+        if pair[0] == pair[1] {
+            return Ok(0);
+        }
+        if level == 0 {
+            return Ok(1);
+        }
+        let expected = shape.children(level, first_leaf);
+        let mut sides = [vec![Address::ZERO; expected], vec![Address::ZERO; expected]];
+        for ((side, address), cache) in sides.iter_mut().zip(pair).zip(&mut *nodes) {
+            if !address.is_zero() {
+                let node = self.node(address, expected, cache)?;
+                *side = tree::children(&node, expected).into_iter().flatten().collect();
             }
-        } else {
-            self.buffer.clear();
         }
-        self.buffer.resize(BLOCK_BYTES as usize, 0);
+        let span = Shape::span(level);
+        let mut differing = 0;
+        for (index, (a, b)) in sides[0].iter().zip(&sides[1]).enumerate() {
+            let first = first_leaf + index as u64 * span;
+            differing += self.diff_nodes(shape, level - 1, first, &[*a, *b], nodes)?;
+        }
+        Ok(differing)
+    }
+
+    /// Every page that is not all zeros.
+    fn pages(&self, part: &Part) -> Result<BTreeMap<u64, Address>, StoreError> {
+        let mut pages = Pages { store: self, nodes: NodeCache::default(), pages: BTreeMap::new() };
+        tree::walk(&part.shape, &part.root, &mut pages).map_err(|error| error.within(&part.name, None))?;
+        Ok(pages.pages)
+    }
+}
+
+struct Pages<'a> {
+    store: &'a Store,
+    nodes: NodeCache,
+    pages: BTreeMap<u64, Address>,
+}
+
+impl Visitor for Pages<'_> {
+    type Error = StoreError;
+
+    fn node(&mut self, address: &Address, place: Place) -> Result<Option<Vec<u8>>, StoreError> {
+        self.store.node(address, place.children, &mut self.nodes).map(Some)
+    }
+
+    fn leaf(&mut self, leaf: u64, address: &Address) -> Result<(), StoreError> {
+        self.pages.insert(leaf, *address);
         Ok(())
     }
 }
 
 fn diff_disks(a: &[DiskRecord], b: &[DiskRecord]) -> Vec<DiskDiff> {
     let names: BTreeSet<&str> = a.iter().chain(b).map(|disk| disk.name.as_str()).collect();
-    let layers = |disks: &[DiskRecord], name: &str| -> BTreeMap<String, u64> {
+    let layers = |disks: &[DiskRecord], name: &str| -> BTreeMap<Address, u64> {
         disks
             .iter()
             .filter(|disk| disk.name == name)
             .flat_map(|disk| &disk.layers)
-            .map(|layer| (layer.blake3.clone(), layer.bytes))
+            .map(|layer| (layer.root, layer.bytes))
             .collect()
     };
-    let bytes_without = |layers: &BTreeMap<String, u64>, others: &BTreeMap<String, u64>| -> u64 {
+    let bytes_without = |layers: &BTreeMap<Address, u64>, others: &BTreeMap<Address, u64>| -> u64 {
         let only = layers.iter().filter(|(hash, _)| !others.contains_key(*hash));
         only.fold(0, |sum, (_, bytes)| sum.saturating_add(*bytes))
     };

@@ -4,9 +4,11 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::address::Address;
 use crate::frames::FramesError;
 use crate::id::SnapshotId;
 use crate::manifest::{ManifestProblem, NameProblem};
+use crate::pack::PackError;
 
 /// Why the store could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -105,31 +107,53 @@ pub enum StoreError {
     /// Stored data is not what was written.
     #[error("{} is damaged: {damage}", file.display())]
     Corrupt {
-        /// The damaged file.
+        /// The damaged object.
         file: PathBuf,
         /// How it is damaged.
         damage: Damage,
     },
+    /// A part of a snapshot cannot be read, since something that holds it is damaged.
+    #[error("{part} cannot be read{}: {source}", at(*offset))]
+    PartDamaged {
+        /// What of the snapshot, such as `ram/server`.
+        part: String,
+        /// Where in it, in bytes, if not everywhere.
+        offset: Option<u64>,
+        /// The damage.
+        source: Box<StoreError>,
+    },
     /// The manifest offered for commit contradicts itself or the layout.
     #[error("the manifest cannot be committed: {0}")]
     BadManifest(#[from] ManifestProblem),
-    /// The manifest names a file that was not written, or written with other contents.
-    #[error("the manifest names {file}, which was not written like that")]
+    /// The manifest names a part that was not written, or written with other contents.
+    #[error("the manifest names {part}, which was not written like that")]
     NotWritten {
-        /// Relative to the snapshot's folder.
-        file: String,
+        /// Such as `ram/server`.
+        part: String,
     },
-    /// A file was written that the manifest does not name.
-    #[error("{file} was written, but the manifest does not name it")]
+    /// A part was written that the manifest does not name.
+    #[error("{part} was written, but the manifest does not name it")]
     NotInManifest {
-        /// Relative to the snapshot's folder.
-        file: String,
+        /// Such as `ram/server`.
+        part: String,
     },
     /// The same part of a snapshot was written twice.
-    #[error("{file} was already written")]
+    #[error("{part} was already written")]
     WrittenTwice {
-        /// Relative to the snapshot's folder.
-        file: String,
+        /// Such as `ram/server`.
+        part: String,
+    },
+    /// A part could not be written, so that there can be no snapshot.
+    #[error("the snapshot cannot be committed: {part} was not written whole")]
+    WriterFailed {
+        /// Such as `ram/server`.
+        part: String,
+    },
+    /// Space cannot be given back as long as it is not known what the snapshots need.
+    #[error("the store is damaged, so that it is not known what can go: {source}")]
+    CannotCollect {
+        /// The first damage that was met.
+        source: Box<StoreError>,
     },
     /// The memory file has not the size that the machine has.
     #[error("the memory file of {machine} has {actual_bytes} bytes instead of {expected_bytes}")]
@@ -214,6 +238,18 @@ pub enum Damage {
     },
     /// Its hash is right, and yet it contradicts itself or the layout.
     Manifest(ManifestProblem),
+    /// It is no pack, or not the one it is named after.
+    Pack(PackError),
+    /// No pack holds this chunk.
+    NoChunk {
+        /// The chunk.
+        address: Address,
+    },
+    /// A node of a tree, whose hash is right, has another number of children than its place has.
+    Node {
+        /// The node.
+        address: Address,
+    },
 }
 
 impl fmt::Display for Damage {
@@ -237,6 +273,9 @@ impl fmt::Display for Damage {
                 write!(f, "no manifest, from line {line}, column {column}")
             }
             Self::Manifest(problem) => write!(f, "{problem}"),
+            Self::Pack(problem) => write!(f, "{problem}"),
+            Self::NoChunk { address } => write!(f, "no pack holds chunk {}", address.short()),
+            Self::Node { address } => write!(f, "node {} does not fit its place", address.short()),
         }
     }
 }
@@ -261,6 +300,29 @@ impl StoreError {
     pub(crate) fn corrupt(file: &Path, damage: Damage) -> Self {
         Self::Corrupt { file: file.to_owned(), damage }
     }
+
+    /// Whether stored data is not what was written (and not: the system refused, or the request was wrong).
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Corrupt { .. } => true,
+            Self::PartDamaged { source, .. } => source.is_damage(),
+            _ => false,
+        }
+    }
+
+    /// Says which part of a snapshot damage is met in; other errors are left as they are.
+    pub(crate) fn within(self, part: &str, offset: Option<u64>) -> Self {
+        match self {
+            Self::Corrupt { .. } => {
+                Self::PartDamaged { part: part.to_owned(), offset, source: Box::new(self) }
+            }
+            other => other,
+        }
+    }
+}
+
+fn at(offset: Option<u64>) -> String {
+    offset.map_or_else(String::new, |offset| format!(" at offset {offset}"))
 }
 
 fn needed(bytes: Option<u64>) -> String {

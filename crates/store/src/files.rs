@@ -64,17 +64,7 @@ fn copy_sparse(
 
 /// Opens a file that the store holds. Whatever is there instead of a regular file is damage, and is not opened
 /// in a way that could block or lead elsewhere.
-pub(crate) fn open_stored(path: &Path, expected_bytes: u64) -> Result<File, StoreError> {
-    let file = open_stored_of_any_length(path)?;
-    let actual_bytes = metadata(&file, path)?.len();
-    if actual_bytes != expected_bytes {
-        let damage = Damage::Length { expected_bytes, actual_bytes };
-        return Err(StoreError::corrupt(path, damage));
-    }
-    Ok(file)
-}
-
-pub(crate) fn open_stored_of_any_length(path: &Path) -> Result<File, StoreError> {
+pub(crate) fn open_stored(path: &Path) -> Result<File, StoreError> {
     let opened = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
     let damage = match opened {
         Ok(file) if metadata(&file, path)?.is_file() => return Ok(file),
@@ -87,15 +77,6 @@ pub(crate) fn open_stored_of_any_length(path: &Path) -> Result<File, StoreError>
         },
     };
     Err(StoreError::corrupt(path, damage))
-}
-
-/// The whole of a stored file, which must have this length. The caller has bounded it, and checks the hash.
-pub(crate) fn read_stored(path: &Path, expected_bytes: u64) -> Result<Vec<u8>, StoreError> {
-    let file = open_stored(path, expected_bytes)?;
-    // A length over usize cannot be: it is the length of a file, within a bound of the format.
-    let mut bytes = vec![0; expected_bytes as usize];
-    file.read_exact_at(&mut bytes, 0).map_err(|error| read_failed(path, None, &error))?;
-    Ok(bytes)
 }
 
 /// A stored file's bytes were promised; not getting them is damage, whatever the reason.
@@ -131,27 +112,6 @@ pub(crate) fn create_new(path: &Path) -> Result<File, StoreError> {
         .map_err(|e| StoreError::io("create", path, e))
 }
 
-/// Writes a whole new file and makes it durable; removes it again when that fails.
-pub(crate) fn write_new(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
-    let file = create_new(path)?;
-    let written = file
-        .write_all_at(bytes, 0)
-        .map_err(|e| StoreError::io("write", path, e).needing(bytes.len() as u64))
-        .and_then(|()| fsync(&file, path));
-    removing_on_error(path, written)
-}
-
-/// Replaces a small file as a whole, durably.
-pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let mut temporary =
-        tempfile::NamedTempFile::new_in(folder).map_err(|e| StoreError::io("create a file in", folder, e))?;
-    io::Write::write_all(&mut temporary, bytes).map_err(|e| StoreError::io("write", path, e))?;
-    fsync(temporary.as_file(), path)?;
-    temporary.persist(path).map_err(|e| StoreError::io("replace", path, e.error))?;
-    fsync_folder(folder)
-}
-
 /// Passes the result on; where it is an error, removes the partial file first.
 pub(crate) fn removing_on_error<T>(path: &Path, result: Result<T, StoreError>) -> Result<T, StoreError> {
     if result.is_err()
@@ -184,17 +144,6 @@ pub(crate) fn fsync(file: &File, path: &Path) -> Result<(), StoreError> {
 pub(crate) fn fsync_folder(path: &Path) -> Result<(), StoreError> {
     let folder = File::open(path).map_err(|e| StoreError::io("open", path, e))?;
     fsync(&folder, path)
-}
-
-/// Fsyncs every folder in a tree, deepest first. The files have been fsynced when they were written.
-pub(crate) fn fsync_folders(path: &Path) -> Result<(), StoreError> {
-    for child in list(path)? {
-        let kind = child.file_type();
-        if kind.map_err(|e| StoreError::io("examine", &child.path(), e))?.is_dir() {
-            fsync_folders(&child.path())?;
-        }
-    }
-    fsync_folder(path)
 }
 
 pub(crate) fn list(folder: &Path) -> Result<Vec<fs::DirEntry>, StoreError> {

@@ -1,9 +1,9 @@
-//! Hashes of immutable files, remembered while the process lives.
+//! The trees' roots of immutable files, remembered while the process lives.
 //!
 //! Each snapshot holds all layers of a disk, and only the newest is new: without this, every snapshot would read
 //! every byte of every older one. [`crate::Store::verify`] never relies on it.
 //!
-//! Invariant: a hash is remembered only if the file did not change while it was read, and had not changed for
+//! Invariant: a root is remembered only if the file did not change while it was read, and had not changed for
 //! [`SETTLED`] before: within the clock's granularity a later change would not show in its modification time.
 
 use std::collections::HashMap;
@@ -12,15 +12,15 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use blake3::Hash;
+use crate::address::Address;
 
 const SETTLED: Duration = Duration::from_secs(2);
 /// Far more than the layers of one computer; past it, all is forgotten.
 const ENTRIES_MAX: usize = 16_384;
 
 #[derive(Default, Debug)]
-pub(crate) struct KnownHashes {
-    hashes: Mutex<HashMap<Version, Hash>>,
+pub(crate) struct KnownRoots {
+    roots: Mutex<HashMap<Version, Address>>,
 }
 
 /// One file with one content.
@@ -43,13 +43,13 @@ impl Version {
     }
 }
 
-impl KnownHashes {
-    pub(crate) fn get(&self, version: &Version) -> Option<Hash> {
+impl KnownRoots {
+    pub(crate) fn get(&self, version: &Version) -> Option<Address> {
         self.map().get(version).copied()
     }
 
     /// `before` and `after` were taken before and after the file was read.
-    pub(crate) fn remember(&self, before: Version, after: &Metadata, hash: Hash) {
+    pub(crate) fn remember(&self, before: Version, after: &Metadata, root: Address) {
         let settled = after
             .modified()
             .ok()
@@ -62,11 +62,11 @@ impl KnownHashes {
         if map.len() >= ENTRIES_MAX {
             map.clear();
         }
-        map.insert(before, hash);
+        map.insert(before, root);
     }
 
-    fn map(&self) -> std::sync::MutexGuard<'_, HashMap<Version, Hash>> {
+    fn map(&self) -> std::sync::MutexGuard<'_, HashMap<Version, Address>> {
         // Nothing panics between two changes that belong together: there is only ever one.
-        self.hashes.lock().unwrap_or_else(PoisonError::into_inner)
+        self.roots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,8 +1,8 @@
 //! What a manifest says: the types on disk, and the rules that every manifest keeps.
 //!
 //! These types belong to the format and to nothing else; whoever runs machines turns its own types into these.
-//! A manifest is hostile until [`Manifest::check`] has passed: each file it names is then at the one path that the
-//! file's role allows, every name is a plain one, and every size is bounded.
+//! A manifest is hostile until [`Manifest::check`] has passed: every name is then a plain one, and every size is bounded.
+//! It names contents by their trees' roots, and no files: none can lead outside the store.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -11,12 +11,13 @@ use std::path::PathBuf;
 use diorama_topology::Environment;
 use serde::{Deserialize, Serialize};
 
-use crate::blocks::{BLOCK_BYTES, PAGE_BYTES};
+use crate::address::Address;
 use crate::frames::MAX_FRAMES_FILE_BYTES;
 use crate::id::SnapshotId;
+use crate::tree::{PAGE_BYTES, Shape};
 
 /// The `format` of a manifest that this program writes and reads.
-pub const FORMAT: &str = "diorama-snapshot/0";
+pub const FORMAT: &str = "diorama-snapshot/1";
 
 /// The longest manifest: a thousand machines with every record take a tenth of it.
 pub(crate) const MAX_MANIFEST_BYTES: u64 = 64 << 20;
@@ -24,6 +25,9 @@ pub(crate) const MAX_MANIFEST_BYTES: u64 = 64 << 20;
 pub(crate) const MAX_RAM_BYTES: u64 = 4 << 40;
 /// The longest device state, which is read into memory as a whole.
 pub(crate) const MAX_STATE_BYTES: u64 = 1 << 30;
+
+/// The longest layer of a disk, kernel or initrd.
+pub(crate) const MAX_FILE_BYTES: u64 = 64 << 40;
 
 const NAME_BYTES_MAX: usize = 64;
 const SNAPSHOT_NAME_BYTES_MAX: usize = 128;
@@ -125,9 +129,9 @@ pub struct MachineRecord {
     /// Its disks, in the order of attachment.
     pub disks: Vec<DiskRecord>,
     /// The kernel it booted directly, where it did.
-    pub kernel: Option<BlobRecord>,
+    pub kernel: Option<FileRecord>,
     /// That kernel's initial RAM disk.
-    pub initrd: Option<BlobRecord>,
+    pub initrd: Option<FileRecord>,
     /// That kernel's command line.
     pub cmdline: Option<String>,
 }
@@ -163,43 +167,24 @@ pub struct Hardware {
     pub tb_size_mib: Option<u32>,
 }
 
-/// A machine's memory: a sparse flat file, and the hash of each of its blocks.
+/// A machine's memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RamRecord {
-    /// `ram/<machine>`.
-    pub file: String,
     /// The machine's memory.
     pub bytes: u64,
     /// In pages that are not all zeros.
     pub used_bytes: u64,
-    /// `ram/<machine>.blocks`: 32 bytes of BLAKE3 for each block; holes count as zeros, the last block may be short.
-    pub blocks: String,
-    /// [`BLOCK_BYTES`].
-    pub block_bytes: u64,
-    /// The BLAKE3 hash of the `blocks` file.
-    pub root: String,
+    /// The root of its tree over pages.
+    pub root: Address,
 }
 
-/// A file of the snapshot.
+/// Everything else that has contents: device state, frames, a kernel, an initrd.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRecord {
-    /// Relative to the snapshot's folder.
-    pub file: String,
     /// Its length.
     pub bytes: u64,
-    /// Its BLAKE3 hash.
-    pub blake3: String,
-}
-
-/// A kernel or initrd, shared by all snapshots that use it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BlobRecord {
-    /// `blobs/<blake3>`, in the snapshot's folder.
-    pub file: String,
-    /// Its length.
-    pub bytes: u64,
-    /// Its BLAKE3 hash.
-    pub blake3: String,
+    /// The root of its tree over clusters.
+    pub root: Address,
 }
 
 /// One disk: immutable layers over an optional base that the snapshot does not hold.
@@ -218,14 +203,12 @@ pub struct DiskRecord {
 /// One immutable layer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerRecord {
-    /// `disks/<machine>/<disk>/<n>.<format>`.
-    pub file: String,
     /// What the file holds.
     pub format: LayerFormat,
     /// The file's length.
     pub bytes: u64,
-    /// The file's BLAKE3 hash.
-    pub blake3: String,
+    /// The root of its tree over clusters.
+    pub root: Address,
 }
 
 /// What a layer's file holds.
@@ -308,9 +291,9 @@ pub struct LearnedRecord {
 /// What a snapshot takes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bytes {
-    /// The length of every file in it.
+    /// The length of every part of it.
     pub logical: u64,
-    /// What the disk holds that no snapshot held before.
+    /// What the store holds that it did not hold before, compressed.
     pub new: u64,
 }
 
@@ -342,39 +325,23 @@ pub enum ManifestProblem {
         /// Their name.
         name: String,
     },
-    /// A file at another path than its role has.
-    #[error("it names {found:?} where only {expected:?} can be")]
-    Path {
-        /// What it says.
-        found: String,
-        /// What the layout says.
-        expected: String,
-    },
-    /// Not the hexadecimal digits of a hash.
-    #[error("{found:?} is no hash")]
-    Hash {
-        /// What it says.
-        found: String,
-    },
     /// A size over the limit.
-    #[error("{file} of {bytes} bytes is over the limit of {limit_bytes}")]
+    #[error("{part} of {bytes} bytes is over the limit of {limit_bytes}")]
     TooLarge {
-        /// The file.
-        file: String,
+        /// Such as `ram/server`.
+        part: String,
         /// Its size.
         bytes: u64,
         /// What is allowed.
         limit_bytes: u64,
     },
-    /// Memory hashed in blocks of another size, or not in whole pages.
-    #[error("{file} has {bytes} bytes in blocks of {block_bytes}")]
-    Blocks {
-        /// The file.
-        file: String,
+    /// Memory that is not in whole pages.
+    #[error("{part} has {bytes} bytes, which are not whole pages")]
+    Pages {
+        /// Whose.
+        part: String,
         /// Its size.
         bytes: u64,
-        /// The blocks' size.
-        block_bytes: u64,
     },
 }
 
@@ -442,22 +409,15 @@ fn check_characters(
     }
 }
 
-/// One file that a manifest names, whatever its role.
-pub(crate) struct NamedFile<'a> {
-    pub(crate) file: &'a str,
-    pub(crate) bytes: u64,
-    /// The hash of the file, or for RAM of its list of block hashes.
-    pub(crate) blake3: &'a str,
-    pub(crate) role: Role<'a>,
-}
-
-#[derive(Clone, Copy)]
-pub(crate) enum Role<'a> {
-    Ram(&'a RamRecord),
-    State,
-    Layer,
-    Blob,
-    Frames,
+/// One part of a snapshot: something with contents, whatever its role.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// What messages call it, such as `ram/server`, `disks/server/root/0.qcow2` or `frames`.
+    pub name: String,
+    /// How it is cut up.
+    pub shape: Shape,
+    /// The root of its tree.
+    pub root: Address,
 }
 
 impl Manifest {
@@ -474,42 +434,29 @@ impl Manifest {
         bytes
     }
 
-    /// Every file it names. A blob that several machines use is named once.
-    pub(crate) fn files(&self) -> Vec<NamedFile<'_>> {
-        let mut files = Vec::new();
+    /// Every part. A kernel or initrd that several machines use is there once.
+    pub fn parts(&self) -> Vec<Part> {
+        let mut parts = Vec::new();
         let mut blobs = BTreeSet::new();
         for machine in &self.machines {
-            files.push(NamedFile {
-                file: &machine.ram.file,
-                bytes: machine.ram.bytes,
-                blake3: &machine.ram.root,
-                role: Role::Ram(&machine.ram),
-            });
-            files.push(machine.device_state.named(Role::State));
-            for layer in machine.disks.iter().flat_map(|disk| &disk.layers) {
-                files.push(NamedFile {
-                    file: &layer.file,
-                    bytes: layer.bytes,
-                    blake3: &layer.blake3,
-                    role: Role::Layer,
-                });
+            parts.push(machine.ram.part(&machine.name));
+            parts.push(machine.device_state.part(state_part(&machine.name)));
+            for disk in &machine.disks {
+                for (index, layer) in disk.layers.iter().enumerate() {
+                    parts.push(layer.part(&machine.name, &disk.name, index));
+                }
             }
             for blob in [&machine.kernel, &machine.initrd].into_iter().flatten() {
-                if blobs.insert(&blob.file) {
-                    files.push(NamedFile {
-                        file: &blob.file,
-                        bytes: blob.bytes,
-                        blake3: &blob.blake3,
-                        role: Role::Blob,
-                    });
+                if blobs.insert(blob.root) {
+                    parts.push(blob.part(blob_part(&blob.root)));
                 }
             }
         }
-        files.push(self.frames.named(Role::Frames));
-        files
+        parts.push(self.frames.part(FRAMES_PART.to_owned()));
+        parts
     }
 
-    /// Whether it keeps every rule, so that its paths and sizes can be used.
+    /// Whether it keeps every rule, so that its names and sizes can be used.
     pub(crate) fn check(&self) -> Result<(), ManifestProblem> {
         if self.format != FORMAT {
             return Err(ManifestProblem::Format { found: self.format.clone() });
@@ -525,50 +472,48 @@ impl Manifest {
         for machine in &self.machines {
             machine.check()?;
         }
-        self.frames.check("frames".to_owned(), MAX_FRAMES_FILE_BYTES)
+        at_most(FRAMES_PART, self.frames.bytes, MAX_FRAMES_FILE_BYTES)
     }
 }
 
 impl MachineRecord {
     fn check(&self) -> Result<(), ManifestProblem> {
-        let ram = &self.ram;
-        same_path(&ram.file, ram_path(&self.name))?;
-        same_path(&ram.blocks, blocks_path(&self.name))?;
-        check_hash(&ram.root)?;
-        at_most(&ram.file, ram.bytes, MAX_RAM_BYTES)?;
-        if ram.block_bytes != BLOCK_BYTES || !ram.bytes.is_multiple_of(PAGE_BYTES) {
-            return Err(ManifestProblem::Blocks {
-                file: ram.file.clone(),
-                bytes: ram.bytes,
-                block_bytes: ram.block_bytes,
-            });
+        let part = ram_part(&self.name);
+        at_most(&part, self.ram.bytes, MAX_RAM_BYTES)?;
+        if !self.ram.bytes.is_multiple_of(PAGE_BYTES) {
+            return Err(ManifestProblem::Pages { part, bytes: self.ram.bytes });
         }
-        self.device_state.check(state_path(&self.name), MAX_STATE_BYTES)?;
+        at_most(&state_part(&self.name), self.device_state.bytes, MAX_STATE_BYTES)?;
         unique("disk", self.disks.iter().map(|disk| &disk.name))?;
         for disk in &self.disks {
             for (index, layer) in disk.layers.iter().enumerate() {
-                let path = layer_path(&self.name, &disk.name, index, layer.format);
-                same_path(&layer.file, path)?;
-                check_hash(&layer.blake3)?;
+                let part = layer_part(&self.name, &disk.name, index, layer.format);
+                at_most(&part, layer.bytes, MAX_FILE_BYTES)?;
             }
         }
         for blob in [&self.kernel, &self.initrd].into_iter().flatten() {
-            check_hash(&blob.blake3)?;
-            same_path(&blob.file, blob_path(&blob.blake3))?;
+            at_most(&blob_part(&blob.root), blob.bytes, MAX_FILE_BYTES)?;
         }
         Ok(())
     }
 }
 
-impl FileRecord {
-    fn named<'a>(&'a self, role: Role<'a>) -> NamedFile<'a> {
-        NamedFile { file: &self.file, bytes: self.bytes, blake3: &self.blake3, role }
+impl RamRecord {
+    pub(crate) fn part(&self, machine: &str) -> Part {
+        Part { name: ram_part(machine), shape: Shape::memory(self.bytes), root: self.root }
     }
+}
 
-    fn check(&self, path: String, limit_bytes: u64) -> Result<(), ManifestProblem> {
-        same_path(&self.file, path)?;
-        check_hash(&self.blake3)?;
-        at_most(&self.file, self.bytes, limit_bytes)
+impl FileRecord {
+    pub(crate) fn part(&self, name: String) -> Part {
+        Part { name, shape: Shape::file(self.bytes), root: self.root }
+    }
+}
+
+impl LayerRecord {
+    pub(crate) fn part(&self, machine: &str, disk: &str, index: usize) -> Part {
+        let name = layer_part(machine, disk, index, self.format);
+        Part { name, shape: Shape::file(self.bytes), root: self.root }
     }
 }
 
@@ -602,49 +547,29 @@ impl Dropped {
     }
 }
 
-pub(crate) const FRAMES_PATH: &str = "frames";
+pub(crate) const FRAMES_PART: &str = "frames";
 
-pub(crate) fn ram_path(machine: &str) -> String {
+pub(crate) fn ram_part(machine: &str) -> String {
     format!("ram/{machine}")
 }
 
-pub(crate) fn blocks_path(machine: &str) -> String {
-    format!("ram/{machine}.blocks")
-}
-
-pub(crate) fn state_path(machine: &str) -> String {
+pub(crate) fn state_part(machine: &str) -> String {
     format!("state/{machine}")
 }
 
-pub(crate) fn layer_path(machine: &str, disk: &str, index: usize, format: LayerFormat) -> String {
+pub(crate) fn layer_part(machine: &str, disk: &str, index: usize, format: LayerFormat) -> String {
     format!("disks/{machine}/{disk}/{index}.{}", format.as_str())
 }
 
-pub(crate) fn blob_path(blake3: &str) -> String {
-    format!("blobs/{blake3}")
+pub(crate) fn blob_part(root: &Address) -> String {
+    format!("blobs/{root}")
 }
 
-fn same_path(found: &str, expected: String) -> Result<(), ManifestProblem> {
-    if found == expected {
-        return Ok(());
-    }
-    Err(ManifestProblem::Path { found: found.to_owned(), expected })
-}
-
-/// Lower case only: a hash is compared, and named in paths, as text.
-fn check_hash(text: &str) -> Result<(), ManifestProblem> {
-    let digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
-    if text.len() == 64 && text.bytes().all(digit) {
-        return Ok(());
-    }
-    Err(ManifestProblem::Hash { found: text.to_owned() })
-}
-
-fn at_most(file: &str, bytes: u64, limit_bytes: u64) -> Result<(), ManifestProblem> {
+fn at_most(part: &str, bytes: u64, limit_bytes: u64) -> Result<(), ManifestProblem> {
     if bytes <= limit_bytes {
         return Ok(());
     }
-    Err(ManifestProblem::TooLarge { file: file.to_owned(), bytes, limit_bytes })
+    Err(ManifestProblem::TooLarge { part: part.to_owned(), bytes, limit_bytes })
 }
 
 fn part_name(what: &'static str, name: &str) -> Result<(), ManifestProblem> {

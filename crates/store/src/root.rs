@@ -1,32 +1,31 @@
-//! The store's folder: its format, its lock, and what crashes have left in it.
-//!
-//! Locks are flocks, so that a crash releases them. Two kinds:
-//!
-//! * `<root>/lock`, held for moments: while a folder in `incoming/` is made and locked, while a snapshot's name is
-//!   checked and its folder moved, and while leftovers are looked for. Hence whoever holds it knows that a folder in
-//!   `incoming/` whose own lock is free has no owner.
-//! * `<root>/incoming/<random>/lock`, held by a [`Writer`] for its life.
+//! A store: its backend, its format, its index.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, ErrorKind, Read};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::hash::{BuildHasher, RandomState};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use crate::error::StoreError;
+use crate::backend::folder::Folder;
+use crate::backend::{Backend, Recovered};
+use crate::catalog::Summaries;
+use crate::error::{Damage, StoreError};
 use crate::files;
-use crate::id::SnapshotId;
-use crate::known::KnownHashes;
+use crate::index::Index;
+use crate::known::KnownRoots;
+use crate::pack::{self, FOOTER_BYTES, MAGIC, PACK_BYTES_MAX, PackError, PackId, Table};
 use crate::write::Writer;
 
-const FORMAT: &str = "diorama-store/0";
-const FORMAT_FILE: &str = "format";
-const LOCK_FILE: &str = "lock";
-const FOLDERS: [&str; 3] = ["snapshots", "incoming", "blobs"];
-/// The lock that a writer holds, in its folder.
-pub(crate) const WRITER_LOCK_FILE: &str = "lock";
+const FORMAT: &str = "diorama-store/1";
+const FORMAT_KEY: &str = "format";
+/// Everything that a store's folder may have in it.
+const OURS: [&str; 9] =
+    ["format", "lock", "incoming", "packs", "doomed", "snapshots", "names", "receipts", "cache"];
+/// Where packs are.
+pub(crate) const PACKS: &str = "packs";
+/// Where there is an empty object for each pack that is about to go.
+pub(crate) const DOOMED: &str = "doomed";
 
-/// A folder of snapshots. Cheap to clone; usable from several threads, and by several processes at once.
+/// A store of snapshots. Cheap to clone; usable from several threads, and by several processes at once.
 #[derive(Clone, Debug)]
 pub struct Store {
     inner: Arc<Inner>,
@@ -34,224 +33,172 @@ pub struct Store {
 
 #[derive(Debug)]
 struct Inner {
-    root: PathBuf,
-    known: KnownHashes,
+    backend: Arc<dyn Backend>,
+    index: RwLock<Index>,
+    known: KnownRoots,
+    summaries: Mutex<Summaries>,
 }
 
-/// What [`Store::recover`] did.
-#[derive(Debug, Default)]
-pub struct Recovered {
-    /// Half-written and half-removed snapshots that were removed.
-    pub snapshots: usize,
-    /// Blobs that no snapshot used and that were removed.
-    pub blobs: usize,
-    /// What that gave back to the file system.
-    pub bytes: u64,
-    /// What could not be removed, and why. Tried again next time.
-    pub failed: Vec<StoreError>,
+/// A pack that the index could not take in.
+#[derive(Debug)]
+pub(crate) struct BadPack {
+    pub(crate) id: PackId,
+    pub(crate) error: StoreError,
 }
 
 impl Store {
     /// Opens the store in this folder, makes it where there is none, and removes what a crash has left.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
         files::create_folders(root)?;
-        let root = fs::canonicalize(root).map_err(|e| StoreError::io("find", root, e))?;
-        let store = Self { inner: Arc::new(Inner { root, known: KnownHashes::default() }) };
-        store.check_format()?;
-        let recovered = store.recover()?;
-        for error in &recovered.failed {
+        Self::with_backend(Arc::new(Folder::open(root)?))
+    }
+
+    /// The same in any backend.
+    pub fn with_backend(backend: Arc<dyn Backend>) -> Result<Self, StoreError> {
+        check_format(&*backend)?;
+        let seed = RandomState::new().hash_one(std::process::id());
+        let store = Self {
+            inner: Arc::new(Inner {
+                backend,
+                index: RwLock::new(Index::new(seed)),
+                known: KnownRoots::default(),
+                summaries: Mutex::default(),
+            }),
+        };
+        for error in &store.recover()?.failed {
             tracing::warn!(%error, "cannot remove what a crash has left in the store");
+        }
+        for bad in store.refresh()? {
+            tracing::warn!(pack = %bad.id.short(), error = %bad.error, "a pack cannot be used");
         }
         Ok(store)
     }
 
-    /// Removes half-written and half-removed snapshots that nobody is working on, and blobs that nobody uses.
+    /// Removes what writers have left whose processes died. What they had published already is left to
+    /// [`Store::collect`](crate::Store::collect).
     pub fn recover(&self) -> Result<Recovered, StoreError> {
-        let mut recovered = Recovered::default();
-        // The locks are kept until the folders are gone, so that no second recovery counts them too.
-        for (folder, _lock) in self.abandoned(&mut recovered.failed)? {
-            match files::remove_tree(&folder) {
-                Ok(bytes) => {
-                    recovered.snapshots += 1;
-                    recovered.bytes += bytes;
-                }
-                Err(error) => recovered.failed.push(error),
-            }
-        }
-        for blob in files::list(&self.blobs())? {
-            match self.remove_blob_if_unused(&blob.path()) {
-                Ok(None) => {}
-                Ok(Some(bytes)) => {
-                    recovered.blobs += 1;
-                    recovered.bytes += bytes;
-                }
-                Err(error) => recovered.failed.push(error),
-            }
-        }
-        Ok(recovered)
+        self.backend().recover()
     }
 
     /// Starts writing a snapshot.
     pub fn begin(&self) -> Result<Writer, StoreError> {
-        let _guard = self.lock()?;
-        let folder = self.new_incoming()?;
-        let path = folder.join(WRITER_LOCK_FILE);
-        let lock = files::create_new(&path)?;
-        lock.lock().map_err(|e| StoreError::io("lock", &path, e))?;
-        Ok(Writer::new(self.clone(), folder, lock))
+        // The session first: from here on nothing that the index holds can go.
+        let session = self.backend().begin()?;
+        self.refresh()?;
+        Ok(Writer::new(self.clone(), session))
     }
 
-    /// How much an unprivileged user may still write to the store's file system, in bytes.
+    /// How much may still be written, in bytes; as much as one likes where that is not known.
     pub fn free_bytes(&self) -> Result<u64, StoreError> {
-        let found = nix::sys::statvfs::statvfs(self.root())
-            .map_err(|e| StoreError::io("examine", self.root(), e.into()))?;
-        Ok(found.blocks_available().saturating_mul(found.fragment_size()))
+        Ok(self.backend().free_bytes()?.unwrap_or(u64::MAX))
     }
 
-    /// The store's folder.
-    pub fn root(&self) -> &Path {
-        &self.inner.root
+    pub(crate) fn backend(&self) -> &dyn Backend {
+        &*self.inner.backend
     }
 
-    pub(crate) fn known(&self) -> &KnownHashes {
+    pub(crate) fn known(&self) -> &KnownRoots {
         &self.inner.known
     }
 
-    pub(crate) fn snapshots(&self) -> PathBuf {
-        self.root().join("snapshots")
+    pub(crate) fn summaries(&self) -> &Mutex<Summaries> {
+        &self.inner.summaries
     }
 
-    pub(crate) fn incoming(&self) -> PathBuf {
-        self.root().join("incoming")
+    pub(crate) fn index(&self) -> RwLockReadGuard<'_, Index> {
+        // Whoever panicked within a change has been logged; the index then lacks chunks, at worst.
+        self.inner.index.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn blobs(&self) -> PathBuf {
-        self.root().join("blobs")
+    pub(crate) fn index_mut(&self) -> RwLockWriteGuard<'_, Index> {
+        self.inner.index.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn folder(&self, id: &SnapshotId) -> PathBuf {
-        self.snapshots().join(id.to_string())
-    }
-
-    /// Holds the store's lock until the file is dropped.
-    pub(crate) fn lock(&self) -> Result<File, StoreError> {
-        let path = self.root().join(LOCK_FILE);
-        // A file description of its own for each caller: flock excludes threads of one process too.
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(|e| StoreError::io("open", &path, e))?;
-        file.lock().map_err(|e| StoreError::io("lock", &path, e))?;
-        Ok(file)
-    }
-
-    /// An empty folder in `incoming/`. Without a lock in it, it belongs to whoever recovers next.
-    pub(crate) fn new_incoming(&self) -> Result<PathBuf, StoreError> {
-        let incoming = self.incoming();
-        tempfile::Builder::new()
-            .prefix("")
-            .rand_bytes(16)
-            .tempdir_in(&incoming)
-            .map(tempfile::TempDir::keep)
-            .map_err(|e| StoreError::io("create a folder in", &incoming, e))
-    }
-
-    /// Removes a name in `blobs/` that is the file's only one. Returns what that freed.
-    ///
-    /// A writer that takes the blob just now either has its own link already, and keeps the contents, or does not
-    /// find the name, and stores the contents again.
-    pub(crate) fn remove_blob_if_unused(&self, blob: &Path) -> Result<Option<u64>, StoreError> {
-        let found = match fs::symlink_metadata(blob) {
-            Ok(found) => found,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(StoreError::io("examine", blob, error)),
-        };
-        if !found.is_file() || found.nlink() > 1 {
-            return Ok(None);
-        }
-        match fs::remove_file(blob) {
-            Ok(()) => Ok(Some(files::allocated_bytes(&found))),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(StoreError::io("remove", blob, error)),
-        }
-    }
-
-    fn check_format(&self) -> Result<(), StoreError> {
-        let path = self.root().join(FORMAT_FILE);
-        if !path.exists() {
-            // Looked at before the lock is made, so that nothing is left in a folder that is not ours.
-            self.check_is_new()?;
-        }
-        let _guard = self.lock()?;
-        match read_short(&path) {
-            Ok(found) if found.trim_end() == FORMAT => {}
-            Ok(found) => {
-                return Err(StoreError::UnsupportedStore {
-                    path: self.root().to_owned(),
-                    found: found.trim_end().to_owned(),
-                    expected: FORMAT,
-                });
+    /// Brings the index in line with what is in the backend. Returns the packs that cannot be used.
+    pub(crate) fn refresh(&self) -> Result<Vec<BadPack>, StoreError> {
+        // Doomed ones first: a pack that is there and not doomed now was not doomed when it was listed.
+        let doomed = self.doomed()?;
+        let mut present = BTreeSet::new();
+        let mut bad = Vec::new();
+        for object in self.backend().list(PACKS)? {
+            // Whatever is not called like a pack is not one.
+            let Ok(id) = object.name.parse::<PackId>() else { continue };
+            if self.index().contains_pack(&id) {
+                present.insert(id);
+                continue;
             }
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                self.make_folders()?;
-                return files::replace(&path, format!("{FORMAT}\n").as_bytes());
-            }
-            Err(error) => return Err(StoreError::io("read", &path, error)),
-        }
-        // Somebody may have removed an empty folder.
-        self.make_folders()
-    }
-
-    fn make_folders(&self) -> Result<(), StoreError> {
-        FOLDERS.iter().try_for_each(|folder| files::create_folders(&self.root().join(folder)))
-    }
-
-    /// Making a store may have been interrupted at any step; anything else than its traces is not ours.
-    fn check_is_new(&self) -> Result<(), StoreError> {
-        for entry in files::list(self.root())? {
-            let name = entry.file_name();
-            let name = name.to_string_lossy();
-            let ours = FOLDERS.contains(&&*name)
-                || [LOCK_FILE, FORMAT_FILE].contains(&&*name)
-                || name.starts_with(".tmp");
-            if !ours {
-                return Err(StoreError::NotAStore { path: self.root().to_owned() });
-            }
-        }
-        Ok(())
-    }
-
-    /// The folders in `incoming/` that nobody is working on, with their locks where they have one.
-    fn abandoned(&self, failed: &mut Vec<StoreError>) -> Result<Vec<(PathBuf, Option<File>)>, StoreError> {
-        let _guard = self.lock()?;
-        let mut abandoned = Vec::new();
-        for entry in files::list(&self.incoming())? {
-            let folder = entry.path();
-            let path = folder.join(WRITER_LOCK_FILE);
-            match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path)
-            {
-                Ok(lock) => match lock.try_lock() {
-                    Ok(()) => abandoned.push((folder, Some(lock))),
-                    Err(TryLockError::WouldBlock) => {}
-                    Err(TryLockError::Error(e)) => failed.push(StoreError::io("lock", &path, e)),
-                },
-                Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                    abandoned.push((folder, None));
+            match self.read_table(&id, object.bytes) {
+                Ok(table) => {
+                    self.index_mut().add(id, table, doomed.contains(&id))?;
+                    present.insert(id);
                 }
-                Err(error) => failed.push(StoreError::io("open", &path, error)),
+                // Somebody collected it just now.
+                Err(StoreError::Corrupt { damage: Damage::Missing, .. }) => {}
+                Err(error) if error.is_damage() => bad.push(BadPack { id, error }),
+                Err(error) => return Err(error),
             }
         }
-        Ok(abandoned)
+        self.index_mut().settle(&present, &doomed);
+        Ok(bad)
+    }
+
+    pub(crate) fn doomed(&self) -> Result<BTreeSet<PackId>, StoreError> {
+        let doomed = self.backend().list(DOOMED)?;
+        Ok(doomed.iter().filter_map(|object| object.name.parse().ok()).collect())
+    }
+
+    /// A pack's table, from the pack alone.
+    pub(crate) fn read_table(&self, id: &PackId, pack_bytes: u64) -> Result<Table, StoreError> {
+        let key = pack_key(id);
+        let corrupt = |problem| StoreError::corrupt(&self.backend().locate(&key), Damage::Pack(problem));
+        let least = (MAGIC.len() + FOOTER_BYTES) as u64;
+        if pack_bytes < least || pack_bytes > PACK_BYTES_MAX {
+            return Err(corrupt(PackError::NotAPack));
+        }
+        let mut magic = [0; MAGIC.len()];
+        self.backend().read_range(&key, 0, &mut magic)?;
+        if magic != *MAGIC {
+            return Err(corrupt(PackError::NotAPack));
+        }
+        let mut footer = [0; FOOTER_BYTES];
+        let footer_at = pack_bytes - FOOTER_BYTES as u64;
+        self.backend().read_range(&key, footer_at, &mut footer)?;
+        let table_bytes = pack::table_bytes(&footer, pack_bytes).map_err(corrupt)?;
+        // Bounded by the pack's length.
+        let mut table = vec![0; table_bytes as usize];
+        self.backend().read_range(&key, footer_at - table_bytes, &mut table)?;
+        Table::decode(id, &table, pack_bytes).map_err(corrupt)
     }
 }
 
-/// The start of a file that should be one line.
-fn read_short(path: &Path) -> io::Result<String> {
-    let mut bytes = Vec::new();
-    File::open(path)?.take(256).read_to_end(&mut bytes)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+pub(crate) fn pack_key(id: &PackId) -> String {
+    format!("{PACKS}/{id}")
+}
+
+pub(crate) fn doomed_key(id: &PackId) -> String {
+    format!("{DOOMED}/{id}")
+}
+
+fn check_format(backend: &dyn Backend) -> Result<(), StoreError> {
+    let found = match backend.read(FORMAT_KEY, 256)? {
+        Some(found) => found,
+        None => {
+            // Making a store may have been interrupted at any step; anything else than its traces is not ours.
+            let ours = |name: &str| OURS.contains(&name) || name.starts_with(".tmp");
+            if backend.list("")?.iter().any(|object| !ours(&object.name)) {
+                return Err(StoreError::NotAStore { path: backend.locate("") });
+            }
+            let text = format!("{FORMAT}\n");
+            if backend.create(FORMAT_KEY, text.as_bytes())? {
+                return Ok(());
+            }
+            // Somebody else was faster.
+            backend.read(FORMAT_KEY, 256)?.unwrap_or_default()
+        }
+    };
+    let found = String::from_utf8_lossy(&found).trim_end().to_owned();
+    if found == FORMAT {
+        return Ok(());
+    }
+    Err(StoreError::UnsupportedStore { path: backend.locate(""), found, expected: FORMAT })
 }

@@ -1,21 +1,27 @@
 //! Proving a snapshot: every byte read and hashed again, and every frame counted again.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use blake3::Hasher;
 use diorama_topology::Environment;
 
 use crate::Progress;
-use crate::blocks::{self, BLOCK_BYTES};
+use crate::address::Address;
+use crate::blocks::{self, is_zero};
 use crate::catalog::Stored;
 use crate::error::{Damage, StoreError};
 use crate::files;
 use crate::frames::StoredFrame;
 use crate::id::SnapshotId;
-use crate::manifest::{Accounting, InFlightPolicy, Manifest, NamedFile, RamRecord, Role};
-use crate::read::{MANIFEST_FILE, open_ram};
+use crate::known::Version;
+use crate::manifest::{Accounting, FRAMES_PART, InFlightPolicy, Manifest};
 use crate::root::Store;
+use crate::tree::{Builder, Shape};
+
+/// What problems call the manifest.
+const MANIFEST: &str = "manifest";
 
 /// What verifying found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,9 +30,9 @@ pub struct VerifyReport {
     pub id: SnapshotId,
     /// What is wrong; empty if nothing is.
     pub problems: Vec<Problem>,
-    /// How many files were read.
-    pub checked_files: u64,
-    /// How many bytes they have, holes included.
+    /// How many parts were read, the manifest among them.
+    pub checked_parts: u64,
+    /// How many bytes they have, zeros included.
     pub checked_bytes: u64,
     /// The frame accounting of each network.
     pub accounting: Vec<AccountingCheck>,
@@ -35,8 +41,12 @@ pub struct VerifyReport {
 /// One thing that is wrong with a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// The file, as a full path.
-    pub file: PathBuf,
+    /// The part of the snapshot: `manifest`, `ram/server`, `frames`, …
+    pub part: String,
+    /// Where it starts in the part, in bytes, where that is known.
+    pub offset: Option<u64>,
+    /// The object in the store that is damaged, where it is one.
+    pub object: Option<PathBuf>,
     /// What is wrong.
     pub kind: ProblemKind,
 }
@@ -45,9 +55,14 @@ pub struct Problem {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProblemKind {
-    /// A file is not what was written. With [`Damage::Contents`], the first bad block is named; more may follow.
-    #[error("{0}")]
-    Damaged(Damage),
+    /// What was written cannot be read. The first place is named.
+    #[error("{damage} ({places} places in all)")]
+    Damaged {
+        /// The first damage.
+        damage: Damage,
+        /// How many leaves and nodes of the part cannot be had.
+        places: usize,
+    },
     /// The accounting of a network does not come out even.
     #[error(
         "network {network}: {balance} copies of frames are unaccounted for, and the snapshot says {recorded}"
@@ -110,148 +125,132 @@ impl VerifyReport {
     }
 }
 
+impl Problem {
+    fn damage(part: &str, offset: Option<u64>, error: StoreError, places: usize) -> Result<Self, StoreError> {
+        let StoreError::Corrupt { file, damage } = error else { return Err(error) };
+        let kind = ProblemKind::Damaged { damage, places };
+        Ok(Self { part: part.to_owned(), offset, object: Some(file), kind })
+    }
+
+    fn of(part: &str, kind: ProblemKind) -> Self {
+        Self { part: part.to_owned(), offset: None, object: None, kind }
+    }
+}
+
 impl Store {
     /// Reads every byte of a snapshot and checks its hash, and checks that no frame vanished or appeared.
     ///
-    /// Damage goes into the report, of every damaged file; an error means that nothing could be said.
+    /// Damage goes into the report, of every damaged part; an error means that nothing could be said.
     pub fn verify(&self, id: &SnapshotId, progress: Progress<'_>) -> Result<VerifyReport, StoreError> {
         let mut report = VerifyReport {
             id: *id,
             problems: Vec::new(),
-            checked_files: 0,
+            checked_parts: 0,
             checked_bytes: 0,
             accounting: Vec::new(),
         };
         let stored = match self.load(id) {
             Ok(stored) => stored,
-            Err(StoreError::Corrupt { file, damage }) => {
-                let kind = ProblemKind::Damaged(damage);
-                report.problems.push(Problem { file, kind });
+            Err(error @ StoreError::Corrupt { .. }) => {
+                report.problems.push(Problem::damage(MANIFEST, None, error, 1)?);
                 return Ok(report);
             }
             Err(error) => return Err(error),
         };
-        report.checked_files = 1;
-        check_files(&stored, &mut report, progress)?;
+        report.checked_parts = 1;
+        self.check_parts(&stored, &mut report, progress)?;
         check_frames(self, &stored, &mut report)?;
         Ok(report)
     }
-}
 
-fn check_files(stored: &Stored, report: &mut VerifyReport, progress: Progress<'_>) -> Result<(), StoreError> {
-    let files = stored.manifest.files();
-    let total = files.iter().fold(0, |sum: u64, file| sum.saturating_add(file.bytes));
-    let mut done: u64 = 0;
-    for file in &files {
-        let mut within = |bytes: u64| progress(done.saturating_add(bytes).min(total), total);
-        let checked = match file.role {
-            Role::Ram(ram) => check_ram(&stored.folder, ram, &mut within),
-            _ => check_whole(&stored.folder, file, &mut within),
-        };
-        match checked {
-            Ok(()) => {}
-            Err(StoreError::Corrupt { file, damage }) => {
-                let kind = ProblemKind::Damaged(damage);
-                report.problems.push(Problem { file, kind });
+    fn check_parts(
+        &self,
+        stored: &Stored,
+        report: &mut VerifyReport,
+        progress: Progress<'_>,
+    ) -> Result<(), StoreError> {
+        let parts = stored.manifest.parts();
+        let total = parts.iter().fold(0, |sum: u64, part| sum.saturating_add(part.shape.bytes));
+        let mut before: u64 = 0;
+        for part in &parts {
+            let mut done = before;
+            let losses = self.fetch(part, &|_, _| Ok(()), &mut |bytes| {
+                done = done.saturating_add(bytes);
+                progress(done.min(total), total);
+            })?;
+            let places = losses.len();
+            if let Some(first) = losses.into_iter().next() {
+                report.problems.push(Problem::damage(&part.name, Some(first.offset), first.error, places)?);
             }
-            Err(error) => return Err(error),
+            before = before.saturating_add(part.shape.bytes);
+            progress(before, total);
+            report.checked_parts += 1;
         }
-        done = done.saturating_add(file.bytes);
-        progress(done, total);
-        report.checked_files += 1;
+        report.checked_bytes = total;
+        Ok(())
     }
-    report.checked_bytes = total;
-    Ok(())
 }
 
-fn check_ram(folder: &Path, ram: &RamRecord, progress: &mut dyn FnMut(u64)) -> Result<(), StoreError> {
-    let (file, path, hashes) = open_ram(folder, ram)?;
+/// The root of an immutable file's tree over clusters, remembered if the file stays as it is.
+pub(crate) fn root_of(store: &Store, file: &File, path: &Path, bytes: u64) -> Result<Address, StoreError> {
+    let before = Version::of(&files::metadata(file, path)?);
+    if let Some(root) = store.known().get(&before) {
+        return Ok(root);
+    }
+    let shape = Shape::file(bytes);
+    let mut builder = Builder::new(&shape);
+    let mut nothing = |_: Address, _: &[u8]| Ok::<(), Infallible>(());
     blocks::walk(
-        &file,
-        ram.bytes,
-        |offset, e| files::read_failed(&path, Some(offset), &e),
+        file,
+        bytes,
+        |_, e| StoreError::io("read", path, e),
         |block| {
-            if hashes.get(block.offset / BLOCK_BYTES) != Some(block.hash().as_bytes()) {
-                let offset = Some(block.offset);
-                return Err(StoreError::corrupt(&path, Damage::Contents { offset }));
+            for leaf in block.bytes.chunks(shape.leaf_bytes as usize) {
+                let address =
+                    if block.is_zero() || is_zero(leaf) { Address::ZERO } else { Address::of(leaf) };
+                let Ok(()) = builder.leaf(address, &mut nothing);
             }
-            progress(block.end());
-            Ok(())
-        },
-    )
-}
-
-fn check_whole(
-    folder: &Path,
-    named: &NamedFile<'_>,
-    progress: &mut dyn FnMut(u64),
-) -> Result<(), StoreError> {
-    let path = folder.join(named.file);
-    let file = files::open_stored(&path, named.bytes)?;
-    let mut hasher = Hasher::new();
-    blocks::walk(
-        &file,
-        named.bytes,
-        |offset, e| files::read_failed(&path, Some(offset), &e),
-        |block| {
-            hasher.update(block.bytes);
-            progress(block.end());
             Ok(())
         },
     )?;
-    if hasher.finalize().to_hex().as_str() != named.blake3 {
-        return Err(StoreError::corrupt(&path, Damage::Contents { offset: None }));
-    }
-    Ok(())
+    let Ok(root) = builder.finish(&mut nothing);
+    store.known().remember(before, &files::metadata(file, path)?, root);
+    Ok(root)
 }
 
-/// Only as good as the frames file; where that is damaged, which has been reported, only the sums are checked.
+/// Only as good as the list of frames; where that is damaged, which has been reported, only the sums are checked.
 fn check_frames(store: &Store, stored: &Stored, report: &mut VerifyReport) -> Result<(), StoreError> {
     let manifest = &stored.manifest;
-    let frames_path = stored.folder.join(&manifest.frames.file);
-    let manifest_path = stored.folder.join(MANIFEST_FILE);
     let frames = match store.read_frames(stored) {
         Ok(frames) => Some(frames),
-        Err(StoreError::Corrupt { file, damage: damage @ Damage::Frames(_) }) => {
-            // The hash was right, so that this is news.
-            let kind = ProblemKind::Damaged(damage);
-            report.problems.push(Problem { file, kind });
+        Err(StoreError::PartDamaged { source, .. }) => {
+            if let StoreError::Corrupt { damage: Damage::Frames(_), .. } = *source {
+                // The hash was right, so that this is news.
+                report.problems.push(Problem::damage(FRAMES_PART, None, *source, 1)?);
+            }
             None
         }
-        Err(StoreError::Corrupt { .. }) => None,
         Err(error) => return Err(error),
     };
     let mut problems = Vec::new();
     let counts = frames.as_deref().map(|frames| {
-        check_receivers(manifest, frames, |kind| {
-            problems.push(Problem { file: frames_path.clone(), kind });
-        })
+        check_receivers(manifest, frames, |kind| problems.push(Problem::of(FRAMES_PART, kind)))
     });
     for network in &manifest.networks {
         let accounting = network.accounting;
         let balance = accounting.balance();
         let even = balance == 0 && accounting.unaccounted == 0;
         if !even {
-            problems.push(Problem {
-                file: manifest_path.clone(),
-                kind: ProblemKind::Unaccounted {
-                    network: network.name.clone(),
-                    balance,
-                    recorded: accounting.unaccounted,
-                },
-            });
+            let recorded = accounting.unaccounted;
+            let kind = ProblemKind::Unaccounted { network: network.name.clone(), balance, recorded };
+            problems.push(Problem::of(MANIFEST, kind));
         }
         let stored_frames =
             counts.as_ref().map(|counts| counts.get(network.name.as_str()).copied().unwrap_or(0));
         if let Some(stored) = stored_frames.filter(|stored| *stored != accounting.in_flight) {
-            problems.push(Problem {
-                file: frames_path.clone(),
-                kind: ProblemKind::FrameCount {
-                    network: network.name.clone(),
-                    recorded: accounting.in_flight,
-                    stored,
-                },
-            });
+            let recorded = accounting.in_flight;
+            let kind = ProblemKind::FrameCount { network: network.name.clone(), recorded, stored };
+            problems.push(Problem::of(FRAMES_PART, kind));
         }
         report.accounting.push(AccountingCheck {
             network: network.name.clone(),

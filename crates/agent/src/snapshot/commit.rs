@@ -9,7 +9,7 @@ use diorama_cut::report::NetworkFrames;
 use diorama_cut::{Drops, Frames, MachineReport};
 use diorama_qemu::process::{Policy, set_thread_policy};
 use diorama_store::{
-    Accounting, BaseRecord, Capture as StoredCapture, CutRecord, DiskRecord, Dropped, FORMAT, Hardware,
+    Accounting, BaseRecord, Capture as StoredCapture, CutRecord, DiskRecord, Dropped, FORMAT, FileRecord, Hardware,
     LayerFormat, LearnedRecord, MachineRecord, Manifest, NetworkRecord, Piece, Receipt, StoredFrame, Writer,
 };
 use diorama_switch::{NetworkId, PeerId, PortId};
@@ -162,6 +162,7 @@ impl Attempt<'_> {
         let outcome = self.outcome.as_ref().ok_or_else(|| defect("a manifest without a cut"))?;
         let stopped = self.stopped.as_ref().ok_or_else(|| defect("a manifest without accounts"))?;
         let writer = self.writer.as_ref().ok_or_else(|| defect("a manifest without a writer"))?;
+        let bytes = writer.seal().map_err(store_error)?;
         let cut_times: Vec<u64> = outcome
             .machines
             .iter()
@@ -203,7 +204,7 @@ impl Attempt<'_> {
             specification: self.record.specification.clone(),
             cut: CutRecord { epoch: self.record.epoch, skew_us: skew_ns / 1000, hosts: 1 },
             frames: self.frames.clone().ok_or_else(|| defect("a manifest without frames"))?,
-            bytes: writer.bytes(),
+            bytes,
             machines: std::mem::take(&mut self.written),
         })
     }
@@ -292,12 +293,8 @@ impl Job<'_> {
         let (kernel, initrd, cmdline) = match &up.boot {
             BootRecord::Disk => (None, None, None),
             BootRecord::Kernel { kernel, initrd, cmdline } => (
-                Some(self.writer.put_blob(kernel).map_err(store_error)?),
-                initrd
-                    .as_deref()
-                    .map(|initrd| self.writer.put_blob(initrd))
-                    .transpose()
-                    .map_err(store_error)?,
+                Some(self.store_blob(kernel)?),
+                initrd.as_deref().map(|initrd| self.store_blob(initrd)).transpose()?,
                 Some(cmdline.clone()),
             ),
         };
@@ -326,6 +323,12 @@ impl Job<'_> {
         })
     }
 
+    fn store_blob(&self, file: &Path) -> Result<FileRecord, ApiError> {
+        let stored = self.writer.put_blob(file).map_err(store_error)?;
+        self.agent.files.offer(&stored.root, file);
+        Ok(stored)
+    }
+
     /// Waits for a capture's end, but not longer than anybody waits for the snapshot.
     fn wait(&self, capture: &Capture) -> Result<(), ApiError> {
         while !capture.wait_finished(std::time::Duration::from_millis(100)) {
@@ -344,11 +347,14 @@ impl Job<'_> {
             .iter()
             .enumerate()
             .map(|(index, layer)| {
-                self.writer
-                    .link_file(machine, &disk.name, index, LayerFormat::Qcow2, &layer.file)
-                    .map_err(store_error)
+                let stored = self
+                    .writer
+                    .put_layer(machine, &disk.name, index, LayerFormat::Qcow2, &layer.file)
+                    .map_err(store_error)?;
+                self.agent.files.offer(&stored.root, &layer.file);
+                Ok(stored)
             })
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<_, ApiError>>()?;
         Ok(DiskRecord {
             name: disk.name.clone(),
             layers,

@@ -1,12 +1,12 @@
 //! Machines that stood still when they were captured, and still do.
 //!
 //! QEMU captures a stopped machine once and then refuses (its state is *postmigrate*) until it has run again. Since
-//! nothing of it can change meanwhile, its first capture serves every later snapshot: it is linked into
+//! nothing of it can change meanwhile, its first capture serves every later snapshot: it is copied into
 //! `environments/NAME/frozen/MACHINE/` and stored again from there. When the machine is resumed, it is removed.
 
 use std::path::{Path, PathBuf};
 
-use diorama_api::{ApiError, ErrorKind};
+use diorama_api::ApiError;
 use diorama_store::SnapshotId;
 
 use super::Attempt;
@@ -65,17 +65,17 @@ impl Agent {
 
     fn freeze(&self, slot: &Slot, machine: &str, id: &SnapshotId) -> Result<(), ApiError> {
         let stored = self.store.load(id).map_err(store_error)?;
-        let record = stored
-            .manifest
-            .machine(machine)
-            .ok_or_else(|| ApiError::new(ErrorKind::Internal, "the snapshot lacks the machine"))?;
         let folder = self.frozen_folder(slot, machine);
         std::fs::create_dir_all(&folder).map_err(|error| io_error(&folder, &error))?;
-        diorama_store::link_file(&stored.folder.join(&record.ram.file), &folder.join(RAM))
-            .map_err(store_error)?;
-        diorama_store::link_file(&stored.folder.join(&record.device_state.file), &folder.join(STATE))
-            .map_err(store_error)?;
-        Ok(())
+        let ram = folder.join(RAM);
+        let file = std::fs::File::create(&ram).map_err(|error| io_error(&ram, &error))?;
+        self.store.copy_ram(&stored, machine, &file, &mut |_, _| {}).map_err(store_error)?;
+        // The state is written last, as a whole: with it there is a frozen capture, and not before.
+        let state = self.store.read_state(&stored, machine).map_err(store_error)?;
+        let (new, path) = (folder.join("state.new"), folder.join(STATE));
+        std::fs::write(&new, state)
+            .and_then(|()| std::fs::rename(&new, &path))
+            .map_err(|error| io_error(&path, &error))
     }
 
     fn frozen_folder(&self, slot: &Slot, machine: &str) -> PathBuf {

@@ -392,6 +392,7 @@ impl Attempt<'_> {
         if let Some(files) = self.files.take() {
             self.agent.cache.commit(files, &id);
         }
+        self.agent.files.trim();
         self.freeze_resting(&id);
         self.record.snapshot = Some(id);
         if let Err(error) = self.record.save(&self.slot.folder(&self.agent.folders)) {

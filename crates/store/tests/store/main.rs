@@ -1,8 +1,12 @@
 //! The store as its users see it, on a real file system.
 
+mod collection;
 mod crash;
 mod damage;
+mod faulty;
+mod faults;
 mod full_disk;
+mod model;
 mod names;
 mod round_trip;
 mod sample;

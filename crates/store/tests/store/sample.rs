@@ -32,6 +32,26 @@ impl Sample {
         Self { folder, store }
     }
 
+    /// Everything that a restore reads, compared with what was put.
+    pub fn restores(&self, store: &Store, id: &SnapshotId, seed: u8) -> Result<(), StoreError> {
+        let stored = store.load(id)?;
+        assert_eq!(store.read_frames(&stored)?, frames(seed));
+        let copy = || tempfile::tempfile_in("/dev/shm").unwrap();
+        for machine in &stored.manifest.machines {
+            let ram_copy = copy();
+            store.copy_ram(&stored, &machine.name, &ram_copy, &mut none)?;
+            assert!(contents(&ram_copy) == contents(&ram(seed)), "memory of {}", machine.name);
+            assert_eq!(store.read_state(&stored, &machine.name)?, state(seed));
+            let layer_copy = copy();
+            store.copy_layer(&machine.disks[0].layers[0], &layer_copy, &mut none)?;
+            assert_eq!(contents(&layer_copy), machine.name.repeat(50_000).as_bytes());
+            let kernel_copy = copy();
+            store.copy_blob(machine.kernel.as_ref().unwrap(), &kernel_copy)?;
+            assert_eq!(contents(&kernel_copy), vec![9; 10_000]);
+        }
+        Ok(())
+    }
+
     pub fn commit(&self, name: &str, seed: u8) -> SnapshotId {
         let writer = self.store.begin().unwrap();
         let manifest = self.put_all(&writer, name, seed).unwrap();
@@ -46,16 +66,34 @@ impl Sample {
             threads.map(|thread| thread.join().unwrap()).into_iter().collect::<Result<Vec<_>, _>>()
         })?;
         let frames = writer.put_frames(&frames(seed))?;
-        Ok(manifest(name, machines, frames, writer.bytes()))
+        Ok(manifest(name, machines, frames, writer.seal()?))
     }
 
-    pub fn file(&self, id: &SnapshotId, file: &str) -> PathBuf {
-        self.store.load(id).unwrap().folder.join(file)
+    /// The packs that appear while `make` runs.
+    pub fn new_packs<T>(&self, make: impl FnOnce() -> T) -> (T, Vec<PathBuf>) {
+        let before = self.names_in("packs");
+        let made = make();
+        let new = self.names_in("packs").into_iter().filter(|pack| !before.contains(pack));
+        let root = self.root().join("packs");
+        (made, new.map(|pack| root.join(pack)).collect())
+    }
+
+    pub fn manifest_file(&self, id: &SnapshotId) -> PathBuf {
+        self.root().join(format!("snapshots/{id}.json"))
+    }
+
+    pub fn root(&self) -> PathBuf {
+        self.folder.path().join("store")
+    }
+
+    /// The store as another process sees it.
+    pub fn reopened(&self) -> Store {
+        Store::open(&self.root()).unwrap()
     }
 
     pub fn names_in(&self, folder: &str) -> Vec<String> {
-        let mut names: Vec<String> = fs::read_dir(self.store.root().join(folder))
-            .unwrap()
+        let Ok(entries) = fs::read_dir(self.root().join(folder)) else { return Vec::new() };
+        let mut names: Vec<String> = entries
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
         names.sort();
@@ -75,6 +113,18 @@ pub fn ram(seed: u8) -> File {
     }
     file.write_all_at(&[0; 4096], MIB + 4096).unwrap();
     file
+}
+
+/// Device state: what is in no other snapshot, and does not compress to nothing.
+pub fn state(seed: u8) -> Vec<u8> {
+    noise(u64::from(seed), 150_000)
+}
+
+/// Bytes that do not repeat.
+pub fn noise(seed: u64, bytes: usize) -> Vec<u8> {
+    let mut all = vec![0; bytes];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut all);
+    all
 }
 
 pub fn contents(file: &File) -> Vec<u8> {
@@ -114,10 +164,10 @@ fn put_machine(folder: &Path, writer: &Writer, name: &str, seed: u8) -> Result<M
             tb_size_mib: Some(32),
         },
         ram: writer.put_ram(name, &ram(seed), RAM_BYTES, &mut none)?,
-        device_state: writer.put_bytes(Piece::DeviceState, name, &[seed; 5_000])?,
+        device_state: writer.put_bytes(Piece::DeviceState, name, &state(seed))?,
         disks: vec![DiskRecord {
             name: "root".into(),
-            layers: vec![writer.link_file(name, "root", 0, LayerFormat::Qcow2, &layer(folder, name, 0))?],
+            layers: vec![writer.put_layer(name, "root", 0, LayerFormat::Qcow2, &layer(folder, name, 0))?],
             base: None,
             virtual_bytes: 64 * MIB,
         }],

@@ -1,0 +1,132 @@
+//! The store against a plain model of it: snapshots are a map from names to contents.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
+
+use diorama_store::*;
+use proptest::prelude::*;
+
+use crate::sample::*;
+
+/// A memory: for each page, which of a few contents it has; 0 is zeros.
+type Pages = Vec<u8>;
+
+#[derive(Debug, Clone)]
+enum Step {
+    /// Takes a snapshot of this memory.
+    Take(Pages),
+    /// Changes some pages of an earlier one, and takes a snapshot of that.
+    Change(prop::sample::Index, Vec<(prop::sample::Index, u8)>),
+    Remove(prop::sample::Index),
+    Collect(u8),
+    Reopen,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let changes = prop::collection::vec((any::<prop::sample::Index>(), 0_u8..30), 1..6);
+    prop_oneof![
+        3 => prop::collection::vec(0_u8..30, 0..400).prop_map(Step::Take),
+        3 => (any::<prop::sample::Index>(), changes).prop_map(|(of, changes)| Step::Change(of, changes)),
+        3 => any::<prop::sample::Index>().prop_map(Step::Remove),
+        2 => (0_u8..=100).prop_map(Step::Collect),
+        1 => Just(Step::Reopen),
+    ]
+}
+
+fn memory(pages: &Pages) -> std::fs::File {
+    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    for (page, kind) in (0_u64..).zip(pages) {
+        let bytes = if *kind == 0 { vec![0; 4096] } else { noise((*kind).into(), 4096) };
+        file.write_all_at(&bytes, page * 4096).unwrap();
+    }
+    file
+}
+
+fn take(sample: &Sample, store: &Store, template: &Manifest, name: &str, pages: &Pages) {
+    let writer = store.begin().unwrap();
+    let mut manifest = template.clone();
+    manifest.name = name.to_owned();
+    manifest.machines.truncate(1);
+    let machine = &mut manifest.machines[0];
+    (machine.kernel, machine.disks) = (None, Vec::new());
+    machine.ram =
+        writer.put_ram("client", &memory(pages), pages.len() as u64 * 4096, &mut none).unwrap();
+    machine.device_state = writer.put_bytes(Piece::DeviceState, "client", name.as_bytes()).unwrap();
+    manifest.frames = writer.put_frames(&frames(1)).unwrap();
+    manifest.bytes = writer.seal().unwrap();
+    writer.commit(manifest).unwrap();
+    assert_eq!(sample.names_in("incoming"), [""; 0]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_store_is_a_map_of_snapshots(steps in prop::collection::vec(step(), 1..14)) {
+        let sample = Sample::new();
+        let mut store = sample.reopened();
+        let template = {
+            let writer = store.begin().unwrap();
+            sample.put_all(&writer, "template", 1).unwrap()
+        };
+        let mut model: BTreeMap<String, Pages> = BTreeMap::new();
+        for (number, step) in steps.into_iter().enumerate() {
+            let name = format!("s{number}");
+            match step {
+                Step::Take(pages) => {
+                    take(&sample, &store, &template, &name, &pages);
+                    model.insert(name, pages);
+                }
+                Step::Change(of, changes) if !model.is_empty() => {
+                    let mut pages = model.values().nth(of.index(model.len())).unwrap().clone();
+                    if pages.is_empty() {
+                        continue;
+                    }
+                    for (page, kind) in changes {
+                        let page = page.index(pages.len());
+                        pages[page] = kind;
+                    }
+                    take(&sample, &store, &template, &name, &pages);
+                    model.insert(name, pages);
+                }
+                Step::Remove(which) if !model.is_empty() => {
+                    let name = model.keys().nth(which.index(model.len())).unwrap().clone();
+                    store.remove(&store.resolve(&name, Some("pair")).unwrap()).unwrap();
+                    model.remove(&name);
+                }
+                Step::Collect(unused_percent_max) => {
+                    let collected = store.collect(CollectOptions { unused_percent_max }, &mut none).unwrap();
+                    prop_assert!(!collected.deferred);
+                }
+                Step::Reopen => store = sample.reopened(),
+                _ => {}
+            }
+            let names: Vec<String> =
+                store.list().unwrap().iter().map(|summary| summary.entry().unwrap().name.clone()).collect();
+            prop_assert_eq!(names.len(), model.len());
+            let mut before: Option<(SnapshotId, &Pages)> = None;
+            for (name, pages) in &model {
+                let id = store.find_name("pair", name).unwrap().unwrap();
+                let stored = store.load(&id).unwrap();
+                let copy = tempfile::tempfile_in("/dev/shm").unwrap();
+                store.copy_ram(&stored, "client", &copy, &mut none).unwrap();
+                prop_assert!(contents(&copy) == contents(&memory(pages)), "memory of {}", name);
+                prop_assert_eq!(store.read_state(&stored, "client").unwrap(), name.as_bytes());
+                if let Some((other, other_pages)) = before.replace((id, pages)) {
+                    let longer = pages.len().max(other_pages.len());
+                    let page = |pages: &Pages, at: usize| pages.get(at).copied().unwrap_or(0);
+                    let differing =
+                        (0..longer).filter(|at| page(pages, *at) != page(other_pages, *at)).count() as u64;
+                    let diff = store.diff(&other, &id).unwrap();
+                    let found = match &diff.machines[..] {
+                        [MachineDiff::Both { pages_differing, .. }] => *pages_differing,
+                        others => panic!("{others:?}"),
+                    };
+                    prop_assert_eq!(found, differing);
+                }
+            }
+        }
+        let report = store.check(CheckOptions { read_data: true, repair: false }, &mut none).unwrap();
+        prop_assert!(report.is_sound(), "{:?}", report);
+    }
+}
