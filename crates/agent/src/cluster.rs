@@ -20,7 +20,7 @@ use diorama_cluster::directory::{DirectoryError, EtcdConfig, HostStatus, Options
 use diorama_cluster::identity::tls::Tls;
 use diorama_cluster::identity::{Authority, Credentials, JoinToken};
 use diorama_cluster::{Directory, HostId};
-use diorama_topology::{HostName, LabelName, LabelValue};
+use diorama_topology::{EnvironmentName, HostName, LabelName, LabelValue};
 use http_body_util::BodyExt;
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +33,8 @@ const DIRECTORY_LIMIT: Duration = Duration::from_secs(10);
 pub(crate) const MACHINE_OVERHEAD_BYTES: u64 = 64 << 20;
 /// How often a host says what it has.
 const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(2);
+/// How often in a row a part must be found disowned before it is stopped.
+const DISOWNED_LOOKS: u32 = 3;
 const CONFIG_FILE: &str = "config.json";
 
 /// What this host told of itself when it joined.
@@ -130,6 +132,14 @@ impl Cluster {
     /// Does something of the cluster's in the background.
     pub(crate) fn spawn(&self, future: impl Future<Output = ()> + Send + 'static) {
         self.runtime.spawn(future);
+    }
+
+    /// The same, to be waited for or given up.
+    pub(crate) fn start(
+        &self,
+        future: impl Future<Output = ()> + Send + 'static,
+    ) -> tokio::task::JoinHandle<()> {
+        self.runtime.spawn(future)
     }
 
     /// A host's id by its name.
@@ -271,9 +281,14 @@ impl Agent {
             .map_err(|error| ApiError::new(ErrorKind::Io, format!("a thread cannot be started: {error}")))?;
         let agent = Arc::downgrade(self);
         tokio::spawn(async move {
+            let mut disowned = BTreeMap::new();
             while let Some(agent) = agent.upgrade() {
                 agent.announce();
-                drop(agent);
+                let looked = tokio::task::spawn_blocking(move || {
+                    agent.end_disowned(&mut disowned);
+                    disowned
+                });
+                disowned = looked.await.unwrap_or_default();
                 tokio::time::sleep(ANNOUNCE_INTERVAL).await;
             }
         });
@@ -301,6 +316,39 @@ impl Agent {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             detail: serde_json::to_value(announced).unwrap_or_default(),
         });
+    }
+
+    /// Stops parts of environments that the cluster has elsewhere by now, or nowhere: this host was away when that was
+    /// decided. `seen` counts how often each was found so; what is being started is not in the directory for a moment.
+    fn end_disowned(&self, seen: &mut BTreeMap<EnvironmentName, u32>) {
+        let Some(cluster) = self.cluster() else { return };
+        let view = cluster.directory.view();
+        if !view.is_fresh() {
+            seen.clear();
+            return;
+        }
+        let mut now = BTreeMap::new();
+        for slot in self.slots.all() {
+            let spans = slot.state().record.as_ref().is_some_and(|record| record.span.is_some());
+            let owned = view
+                .environments
+                .get(&slot.name)
+                .is_some_and(|record| record.value.hosts().contains(&cluster.id));
+            if !spans || owned || slot.operation_label().is_some() {
+                continue;
+            }
+            let times = seen.get(&slot.name).copied().unwrap_or(0) + 1;
+            now.insert(slot.name.clone(), times);
+            if times > DISOWNED_LOOKS {
+                tracing::warn!(environment = %slot.name, "the cluster has it elsewhere, or no more: its part here is stopped");
+                let request = diorama_api::DownRequest { volumes: true };
+                let operation = crate::operation::Operation::unattended();
+                if let Err(error) = self.down_here(slot.name.as_str(), request, &operation) {
+                    tracing::error!(environment = %slot.name, %error, "it cannot be stopped");
+                }
+            }
+        }
+        *seen = now;
     }
 
     /// All hosts of the cluster.

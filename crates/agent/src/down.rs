@@ -8,8 +8,22 @@ use crate::record::{Phase, Record};
 use crate::up::{remove_tree, remove_unreferenced_disks, socket_folder};
 
 impl Agent {
-    /// Stops an environment; one that is down already is as good. Without disks to keep, nothing of it remains.
+    /// Stops an environment, wherever it is.
     pub(crate) fn down(
+        &self,
+        name: &str,
+        request: DownRequest,
+        operation: &Operation,
+    ) -> Result<DownReport, ApiError> {
+        match self.environment_record(name) {
+            Some(known) => self.down_in_cluster(&known, request, operation),
+            None => self.down_here(name, request, operation),
+        }
+    }
+
+    /// Stops what this host has of an environment; what is down already is as good. Without disks to keep, nothing of it
+    /// remains here.
+    pub(crate) fn down_here(
         &self,
         name: &str,
         request: DownRequest,

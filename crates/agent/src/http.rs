@@ -13,10 +13,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use diorama_api::{
-    ApiError, CreateSnapshotRequest, DownRequest, ErrorBody, ErrorKind, Event, ExecRequest, ForkRequest,
-    MachinesRequest, PruneRequest, RestoreRequest, StopAgentRequest, StoreCheckRequest, StoreGcRequest, UpRequest,
-};
+use diorama_api::{ApiError, CreateSnapshotRequest, DownRequest, DrainHostRequest, Empty, ErrorBody, ErrorKind, Event, ExecRequest, ForkRequest, InitHostRequest, JoinHostRequest, MachinesRequest, PruneRequest, RemoveHostRequest, RestoreRequest, StopAgentRequest, StoreCheckRequest, StoreGcRequest, TokenRequest, UpRequest};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::sync::mpsc::unbounded_channel;
@@ -24,6 +21,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::Agent;
 use crate::operation::{Notice, Operation};
+use crate::span::PartRequest;
 
 type Shared = State<Arc<Agent>>;
 
@@ -56,13 +54,78 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/store/check", post(check_store))
         .route("/v1/store/gc", post(collect_store))
         .route("/v1/store/prune", post(prune_snapshots))
+        .route("/v1/hosts", get(hosts))
+        .route("/v1/hosts/init", post(init_host))
+        .route("/v1/hosts/join", post(join_host))
+        .route("/v1/hosts/token", post(host_token))
+        .route("/v1/hosts/drain", post(drain_host))
+        .route("/v1/hosts/remove", post(remove_host))
         .fallback(|| async {
             failure(&ApiError::new(ErrorKind::Invalid, "the agent does not know this request").hint(
                 "the client and the agent may be of different versions: `diorama agent stop`, and try again",
             ))
         })
+        .layer(axum::middleware::from_fn_with_state(Arc::clone(&agent), crate::span::forward))
         .layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX))
         .with_state(agent)
+}
+
+/// What other hosts of the cluster ask: about what this host has.
+pub(crate) fn peer_router(agent: Arc<Agent>) -> Router {
+    let messages = diorama_cluster::channel::messages(Arc::new(crate::span::Messages(Arc::clone(&agent))));
+    let machine = "/v1/environments/{name}/machines/{machine}";
+    Router::new()
+        .route("/v1/agent", get(agent_info))
+        .route("/v1/peer/parts", post(launch_part))
+        .route("/v1/peer/environments/{name}", get(part_status))
+        .route("/v1/peer/environments/{name}/down", post(part_down))
+        .route("/v1/environments/{name}/snapshots", post(create_snapshot))
+        .route(&format!("{machine}/exec"), post(exec))
+        .route(&format!("{machine}/console"), get(console))
+        .route(&format!("{machine}/log"), get(log))
+        .layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX))
+        .with_state(agent)
+        .merge(messages)
+}
+
+async fn launch_part(State(agent): Shared, Json(request): Json<PartRequest>) -> Response {
+    events(move |operation| agent.launch_part(&request, operation))
+}
+
+async fn part_status(State(agent): Shared, Path(name): Path<String>) -> Response {
+    document(blocking(move || agent.status_here(&name)).await)
+}
+
+async fn part_down(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<DownRequest>,
+) -> Response {
+    events(move |operation| agent.down_here(&name, request, operation))
+}
+
+async fn hosts(State(agent): Shared) -> Response {
+    document(agent.hosts())
+}
+
+async fn init_host(State(agent): Shared, Json(request): Json<InitHostRequest>) -> Response {
+    document(agent.init_host(request).await)
+}
+
+async fn join_host(State(agent): Shared, Json(request): Json<JoinHostRequest>) -> Response {
+    document(agent.join_host(request).await)
+}
+
+async fn host_token(State(agent): Shared, Json(request): Json<TokenRequest>) -> Response {
+    document(agent.make_token(request).await)
+}
+
+async fn drain_host(State(agent): Shared, Json(request): Json<DrainHostRequest>) -> Response {
+    document(agent.drain_host(&request.name, request.drain).await)
+}
+
+async fn remove_host(State(agent): Shared, Json(request): Json<RemoveHostRequest>) -> Response {
+    document(agent.remove_host(&request.name, request.force).await.map(|()| Empty {}))
 }
 
 async fn agent_info(State(agent): Shared) -> Response {
@@ -338,7 +401,7 @@ fn document<T: Serialize>(result: Result<T, ApiError>) -> Response {
     }
 }
 
-fn failure(error: &ApiError) -> Response {
+pub(crate) fn failure(error: &ApiError) -> Response {
     let status = match error.kind {
         ErrorKind::NotFound => StatusCode::NOT_FOUND,
         ErrorKind::Invalid | ErrorKind::Ambiguous | ErrorKind::EnvironmentFile => StatusCode::BAD_REQUEST,

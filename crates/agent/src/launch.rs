@@ -27,6 +27,7 @@ use crate::operation::Operation;
 use crate::problem::{io_error, qmp_error};
 use crate::record::{AcceleratorRecord, BootRecord, DiskRecord, HardwareRecord, ProcessRecord};
 use crate::slot::{Running, RunningMachine};
+use crate::span::Joining;
 
 /// How long QEMU may take until its monitor answers, and to load a machine's state.
 const START_LIMIT: Duration = Duration::from_secs(60);
@@ -50,6 +51,8 @@ pub(crate) struct LaunchPlan<'a> {
     pub(crate) log_folder: PathBuf,
     /// Where consoles are logged.
     pub(crate) console_folder: PathBuf,
+    /// The other hosts, when this is a part.
+    pub(crate) joining: Option<Joining<'a>>,
 }
 
 /// One machine of the plan.
@@ -182,9 +185,15 @@ impl Agent {
         let mut launched = Launched {
             agent: self,
             runtime_folder: plan.runtime_folder.clone(),
-            running: Some(Running { segment, networks, peers: Vec::new(), machines: Vec::new() }),
+            running: Some(Running { segment, networks, peers: Vec::new(), part: None, machines: Vec::new() }),
             processes: Vec::new(),
         };
+        if let Some(joining) = plan.joining {
+            let running = launched.running();
+            let (peers, part) = self.join_hosts(segment, &running.networks, joining)?;
+            running.peers = peers;
+            running.part = Some(part);
+        }
         let machines = std::mem::take(&mut plan.machines);
         let results: Vec<Result<Started, ApiError>> = std::thread::scope(|scope| {
             let plan = &plan;
@@ -280,6 +289,7 @@ impl Agent {
         sockets: &Path,
     ) -> Stopping {
         let segment = running.segment;
+        self.sessions.remove(segment);
         self.plane.call(move |plane| plane.detach(segment));
         let mut alive = 0;
         for process in processes {

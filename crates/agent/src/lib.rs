@@ -8,6 +8,8 @@
 //! | `up`, `down`, `pause` | an environment's life |
 //! | `snapshot` | preparing, cutting, capturing, storing, committing |
 //! | `restore` | rolling back, and forks |
+//! | `cluster` | membership of a cluster of hosts |
+//! | `span` | environments that span hosts |
 //! | `takeover` | machines that outlived the agent before |
 //! | `keeper` | live captures whose agent has died |
 //! | `ram_cache` | snapshots' memory, ready to be mapped |
@@ -20,6 +22,7 @@
 //! - an operation that fails or is cancelled leaves the environment as it was, and nothing of its own behind.
 
 mod capture;
+mod cluster;
 mod dataplane;
 mod disks;
 mod doctor;
@@ -41,12 +44,13 @@ mod serve;
 mod slot;
 mod snapshot;
 mod snapshots;
+mod span;
 mod status;
 mod takeover;
 mod up;
 mod upkeep;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 
 use diorama_api::{AgentInfo, ApiError, Empty, ErrorKind, Folders, StopAgentRequest};
 use diorama_store::Store;
@@ -61,8 +65,10 @@ pub use serve::{Options, run};
 use dataplane::DataPlane;
 use file_cache::FileCache;
 use hardware::Hardware;
+use cluster::Cluster;
 use ram_cache::RamCache;
 use slot::Slots;
+use span::Sessions;
 
 /// Everything that requests work on.
 #[derive(Debug)]
@@ -77,6 +83,11 @@ pub(crate) struct Agent {
     slots: Slots,
     /// Told when the agent is to stop.
     stop: Notify,
+    /// Other hosts, on a host that is in a cluster.
+    cluster: OnceLock<Arc<Cluster>>,
+    sessions: Sessions,
+    /// For threads that outlive a request.
+    me: Weak<Agent>,
 }
 
 impl Agent {
@@ -88,7 +99,10 @@ impl Agent {
         let files = FileCache::open(folders.home())?;
         let plane = DataPlane::start()
             .map_err(|error| ApiError::new(ErrorKind::Io, format!("the data plane cannot start: {error}")))?;
-        let agent = Arc::new(Self {
+        let agent = Arc::new_cyclic(|me| Self {
+            me: Weak::clone(me),
+            cluster: OnceLock::new(),
+            sessions: Sessions::default(),
             host: host_name(),
             hardware: Hardware::default(),
             store,
@@ -99,6 +113,9 @@ impl Agent {
             stop: Notify::new(),
             folders,
         });
+        if let Some(config) = cluster::Config::load(&agent.cluster_folder())? {
+            agent.open_wire(config.address)?;
+        }
         agent.take_over_all()?;
         Ok(agent)
     }

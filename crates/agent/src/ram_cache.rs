@@ -13,7 +13,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use diorama_api::ApiError;
-use diorama_store::{SnapshotId, Store, Stored};
+use diorama_store::{MachineRecord, SnapshotId, Store, Stored};
 
 use crate::operation::Operation;
 use crate::problem::io_error;
@@ -76,7 +76,7 @@ impl RamCache {
         if !files.in_memory {
             return;
         }
-        if let Err(error) = std::fs::rename(&files.folder, self.folder.join(id.to_string())) {
+        if let Err(error) = merge_folder(&files.folder, &self.folder.join(id.to_string())) {
             tracing::warn!(%error, "a snapshot's memory is not cached");
         }
     }
@@ -86,27 +86,33 @@ impl RamCache {
         self.folder.join(id.to_string()).is_dir()
     }
 
-    /// The folder with a snapshot's RAM files, loaded from the store (and checked) when it is not here yet.
+    /// The folder with the RAM files of a snapshot's wanted machines, loaded from the store (and checked) when it is not here yet.
     /// When memory does not suffice, the store's own files serve.
     pub(crate) fn load(
         &self,
         store: &Store,
         stored: &Stored,
-        id: &SnapshotId,
+        wanted: &dyn Fn(&str) -> bool,
         keep: &[SnapshotId],
         operation: &Operation,
     ) -> Result<Loaded, ApiError> {
+        let id = &stored.id;
         let folder = self.folder.join(id.to_string());
-        if folder.is_dir() {
+        // Where an environment spans hosts, each has the memory of the machines that it has had.
+        let missing: Vec<&MachineRecord> = stored
+            .manifest
+            .machines
+            .iter()
+            .filter(|machine| wanted(&machine.name) && !folder.join(&machine.name).is_file())
+            .collect();
+        if missing.is_empty() {
             return Ok(Loaded { folder, _uncached: None });
         }
-        let used: u64 = stored.manifest.machines.iter().map(|machine| machine.ram.used_bytes).sum();
+        let used: u64 = missing.iter().map(|machine| machine.ram.used_bytes).sum();
         let files = self.begin(used, keep)?;
         let total = used;
         std::thread::scope(|scope| {
-            let loads: Vec<_> = stored
-                .manifest
-                .machines
+            let loads: Vec<_> = missing
                 .iter()
                 .map(|machine| {
                     let path = files.folder.join(&machine.name);
@@ -186,6 +192,18 @@ pub(crate) fn free_bytes(folder: &Path) -> Option<u64> {
     let block = stat.fragment_size();
     let reserve = stat.blocks() * block / RESERVE_FRACTION;
     Some((stat.blocks_available() * block).saturating_sub(reserve))
+}
+
+/// Moves what is in a folder to another, which may be there already.
+fn merge_folder(from: &Path, to: &Path) -> std::io::Result<()> {
+    if !to.is_dir() {
+        return std::fs::rename(from, to);
+    }
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        std::fs::rename(entry.path(), to.join(entry.file_name()))?;
+    }
+    Ok(())
 }
 
 fn remove_folder(folder: &Path) {

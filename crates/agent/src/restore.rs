@@ -29,10 +29,11 @@ use crate::record::{
     MachineRecord, Phase, Record, Rest,
 };
 use crate::slot::{OperationGuard, Slot};
+use crate::span::{Joining, PartRequest};
 use crate::up::{disk_folder, now, remove_tree, remove_unreferenced_disks, socket_folder};
 
 /// The most forks that one command makes: beyond this it is a mistake.
-const MAX_FORKS: u32 = 1000;
+pub(crate) const MAX_FORKS: u32 = 1000;
 /// How many environments are forked side by side.
 const FORKS_AT_ONCE: usize = 4;
 
@@ -59,9 +60,12 @@ impl Agent {
             })?,
             None => stored.manifest.specification.name.clone(),
         };
+        if self.cluster().is_some() {
+            return self.restore_in_cluster(name, id, request.elapsed_us, operation);
+        }
         let (slot, guard) = self.slots.enter_or_insert(&name, "restoring", operation)?;
-        let loaded = self.load_memory(&stored, operation);
-        let result = loaded.and_then(|loaded| self.revive(&slot, &stored, &loaded, started, operation));
+        let loaded = self.load_memory(&stored, |_| true, operation);
+        let result = loaded.and_then(|loaded| self.revive(&slot, &stored, &loaded, None, started, operation));
         self.clean_up(&slot, result, guard)
     }
 
@@ -70,8 +74,11 @@ impl Agent {
         let started = before(request.elapsed_us);
         let id = self.resolve_snapshot(&request.snapshot, request.environment.as_deref())?;
         let stored = self.store.load(&id).map_err(store_error)?;
+        if self.cluster().is_some() {
+            return self.fork_in_cluster(id, &stored.manifest.specification.name, request, operation);
+        }
         let slots = self.reserve_names(&stored.manifest.specification.name, request, operation)?;
-        let loaded = self.load_memory(&stored, operation);
+        let loaded = self.load_memory(&stored, |_| true, operation);
         let loaded = match loaded {
             Ok(loaded) => loaded,
             Err(error) => {
@@ -95,7 +102,7 @@ impl Agent {
                     .into_iter()
                     .map(|(slot, guard)| {
                         scope.spawn(move || {
-                            let result = self.revive(&slot, stored, loaded, started, operation);
+                            let result = self.revive(&slot, stored, loaded, None, started, operation);
                             (Arc::clone(&slot), self.clean_up(&slot, result, guard))
                         })
                     })
@@ -124,21 +131,31 @@ impl Agent {
         Ok(ForkReport { environments: results.into_iter().filter_map(|(_, result)| result.ok()).collect() })
     }
 
-    /// Launches a snapshot's machines in a slot, and lets them run in the place of what runs there.
-    fn revive(
+    /// Launches a snapshot's machines in a slot, or with `part` those of this host's part, and lets them run in the place of
+    /// what runs there.
+    pub(crate) fn revive(
         &self,
         slot: &Arc<Slot>,
         stored: &Stored,
         loaded: &Loaded,
+        part: Option<&PartRequest>,
         started: Instant,
         operation: &Operation,
     ) -> Result<RestoreReport, ApiError> {
         let folder = slot.folder(&self.folders);
         let old = slot.state().record.clone();
         let generation = old.as_ref().map_or(1, |old| old.generation + 1);
-        let specification = stored.manifest.specification.renamed(slot.name.clone());
-        let epoch = old.as_ref().map_or(0, |old| old.epoch).max(stored.manifest.cut.epoch);
-        let frames = self.store.read_frames(stored).map_err(store_error)?;
+        let specification = match part {
+            Some(part) => part.span.part(),
+            None => stored.manifest.specification.renamed(slot.name.clone()),
+        };
+        let epoch = old
+            .as_ref()
+            .map_or(0, |old| old.epoch)
+            .max(part.map_or(0, |part| part.epoch))
+            .max(stored.manifest.cut.epoch);
+        let mut frames = self.store.read_frames(stored).map_err(store_error)?;
+        frames.retain(|frame| specification.machine(&frame.machine).is_some());
         operation.step("starting machines");
         let mut yielding = Yielding::new(slot);
         let (plans, disks) =
@@ -153,11 +170,13 @@ impl Agent {
                 runtime_folder: socket_folder(slot, &self.folders, generation),
                 log_folder: folder.join("log"),
                 console_folder: folder.join("console"),
+                joining: part.map(|part| Joining { slot, span: &part.span, doubt: None }),
             },
             operation,
         )?;
         self.load_switch(&mut launched, stored, &specification, &frames)?;
-        let resting = resting(stored);
+        let mut resting = resting(stored);
+        resting.retain(|machine, _| specification.machine(machine).is_some());
         let machines = launched.processes.iter().zip(described).zip(&specification.machines).map(
             |((process, (hardware, boot)), machine)| MachineRecord {
                 process: *process,
@@ -175,11 +194,14 @@ impl Agent {
             machines: machines.collect(),
             retiring: old.as_ref().map(Record::processes).unwrap_or_default(),
             disks,
-            span: None,
+            span: part.map(|part| part.span.clone()),
             doubt: None,
             specification,
         };
         operation.check()?;
+        if let Some(part) = part {
+            self.wait_for_others(launched.running().segment, part.span.id, operation)?;
+        }
         record.save(&folder)?;
         // From here on there is no way back.
         let stopping = slot.state().running.take().zip(old.as_ref()).map(|(running, old)| {
@@ -219,7 +241,7 @@ impl Agent {
     }
 
     /// After a failure, what was there before is there again.
-    fn clean_up<T>(
+    pub(crate) fn clean_up<T>(
         &self,
         slot: &Arc<Slot>,
         result: Result<T, ApiError>,
@@ -233,10 +255,16 @@ impl Agent {
         result
     }
 
-    fn load_memory(&self, stored: &Stored, operation: &Operation) -> Result<Loaded, ApiError> {
+    /// Brings the memory of some of a snapshot's machines into the RAM cache.
+    pub(crate) fn load_memory(
+        &self,
+        stored: &Stored,
+        wanted: impl Fn(&str) -> bool,
+        operation: &Operation,
+    ) -> Result<Loaded, ApiError> {
         let mut keep = self.slots.snapshots_in_use();
         keep.push(stored.id);
-        self.cache.load(&self.store, stored, &stored.id, &keep, operation)
+        self.cache.load(&self.store, stored, &wanted, &keep, operation)
     }
 
     fn plan(
@@ -519,7 +547,7 @@ fn check_base(base: &diorama_store::BaseRecord) -> Result<BaseRecord, ApiError> 
     Ok(BaseRecord { path: base.path.clone(), format })
 }
 
-fn before(elapsed_us: u64) -> Instant {
+pub(crate) fn before(elapsed_us: u64) -> Instant {
     let now = Instant::now();
     now.checked_sub(Duration::from_micros(elapsed_us)).unwrap_or(now)
 }

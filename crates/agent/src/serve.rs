@@ -64,6 +64,9 @@ async fn serve(agent: Arc<Agent>, options: &Options) -> Result<(), ApiError> {
     let listener = tokio::net::UnixListener::bind(&socket).map_err(|error| io_error(&socket, &error))?;
     std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
         .map_err(|error| io_error(&socket, &error))?;
+    if let Some(config) = crate::cluster::Config::load(&agent.cluster_folder())? {
+        agent.start_cluster(config).await?;
+    }
     if let Some(ready) = options.ready {
         // SAFETY: the starter passed the descriptor to this process for this purpose alone.
         let mut ready = File::from(unsafe { OwnedFd::from_raw_fd(ready) });
@@ -122,7 +125,7 @@ async fn until_the_end(agent: Arc<Agent>, activity: Arc<Activity>, exit_when_idl
             _ = interrupt.recv() => return,
             () = tokio::time::sleep(IDLE_CHECK), if exit_when_idle => {
                 let requests = activity.requests.load(Ordering::Relaxed);
-                if requests == seen && agent.slots.is_idle() {
+                if requests == seen && agent.slots.is_idle() && agent.cluster().is_none() {
                     idle_for += IDLE_CHECK;
                 } else {
                     idle_for = Duration::ZERO;

@@ -20,6 +20,7 @@ use crate::dataplane::SegmentId;
 use crate::guest::GuestChannel;
 use crate::operation::Operation;
 use crate::record::{Phase, Record};
+use crate::snapshot::PartWorker;
 
 /// Under the runtime folder, where the sockets of environments are. One letter: socket paths are short.
 pub(crate) const RUNTIME_FOLDER: &str = "e";
@@ -61,6 +62,8 @@ pub(crate) struct Running {
     pub(crate) networks: Vec<NetworkId>,
     /// Other hosts of the environment.
     pub(crate) peers: Vec<(ParticipantId, PeerId)>,
+    /// Takes part in cuts with them.
+    pub(crate) part: Option<PartWorker>,
     /// In the order of the specification.
     pub(crate) machines: Vec<RunningMachine>,
 }

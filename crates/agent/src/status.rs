@@ -23,11 +23,22 @@ const ANSWER_LIMIT: Duration = Duration::from_millis(500);
 impl Agent {
     /// Every environment.
     pub(crate) fn statuses(&self) -> Result<Vec<EnvironmentStatus>, ApiError> {
+        if self.cluster().is_some() {
+            return self.statuses_in_cluster();
+        }
         Ok(self.slots.all().iter().filter_map(|slot| self.slot_status(slot)).collect())
     }
 
-    /// One environment.
+    /// One environment, wherever it is.
     pub(crate) fn status(&self, name: &str) -> Result<EnvironmentStatus, ApiError> {
+        match self.environment_record(name) {
+            Some(known) => self.status_in_cluster(&known.value),
+            None => self.status_here(name),
+        }
+    }
+
+    /// What this host has of an environment.
+    pub(crate) fn status_here(&self, name: &str) -> Result<EnvironmentStatus, ApiError> {
         let slot = self.slots.get(name)?;
         self.slot_status(&slot).ok_or_else(|| {
             ApiError::new(diorama_api::ErrorKind::WrongState, format!("environment `{name}` is being made"))

@@ -26,6 +26,7 @@ use crate::launch::{COMMAND_LIMIT, SocketPaths, build_switch, find_vcpu_threads,
 use crate::problem::io_error;
 use crate::record::{Phase, Record};
 use crate::slot::{RUNTIME_FOLDER, Running, RunningMachine, Slot};
+use crate::span::Joining;
 use crate::up::{disk_folder, remove_tree, remove_unreferenced_disks, socket_folder};
 
 /// How long QEMU may take to see that its old peer has gone.
@@ -131,7 +132,22 @@ impl Agent {
             let segment = self
                 .plane
                 .call(move |plane| plane.attach(|id| Segment::new(id, switch, segment_networks, all_ports)));
-            let mut running = Running { segment, networks, machines: Vec::new() };
+            let mut running =
+                Running { segment, networks, peers: Vec::new(), part: None, machines: Vec::new() };
+            if let Some(span) = &record.span {
+                slot.state().record = Some(record.clone());
+                let joining = Joining { slot, span, doubt: record.doubt };
+                match self.join_hosts(segment, &running.networks, joining) {
+                    Ok((peers, part)) => {
+                        running.peers = peers;
+                        running.part = Some(part);
+                    }
+                    Err(error) => {
+                        let error = error.message;
+                        tracing::error!(environment = %slot.name, error, "cut off from the other hosts");
+                    }
+                }
+            }
             for (index, ports) in ports.into_iter().enumerate() {
                 let name = record.specification.machines[index].name.to_string();
                 let taken = self.take_machine(slot, &mut record, index, segment, &ports);

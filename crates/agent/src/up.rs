@@ -16,6 +16,7 @@ use crate::operation::Operation;
 use crate::problem::io_error;
 use crate::record::{BootRecord, DiskRecord, MachineRecord, Phase, Record, Rest};
 use crate::slot::Slot;
+use crate::span::{Joining, PartRequest};
 use crate::{disks, record};
 
 /// The folder of one generation's sockets.
@@ -38,6 +39,9 @@ impl Agent {
     ) -> Result<EnvironmentStatus, ApiError> {
         let specification = request.specification;
         check(&specification)?;
+        if self.cluster().is_some() {
+            return self.up_in_cluster(specification, operation);
+        }
         let (slot, guard) = self.slots.enter_or_insert(&specification.name, "starting", operation)?;
         let kept = slot.state().record.clone();
         if let Some(kept) = &kept
@@ -46,7 +50,7 @@ impl Agent {
             drop(guard);
             return self.already_up(&slot, kept, &specification);
         }
-        let result = self.start(&slot, specification, kept.as_ref(), operation);
+        let result = self.start(&slot, specification, None, kept.as_ref(), operation);
         if let Err(error) = result {
             self.forget_generation(&slot, kept.as_ref());
             return Err(error);
@@ -71,10 +75,12 @@ impl Agent {
         .hint("stop it with `diorama down`, or start this one under another name with `--name`"))
     }
 
-    fn start(
+    /// Starts an environment, or with `part` this host's part of one.
+    pub(crate) fn start(
         &self,
         slot: &Arc<Slot>,
         specification: Environment,
+        part: Option<&PartRequest>,
         kept: Option<&Record>,
         operation: &Operation,
     ) -> Result<(), ApiError> {
@@ -83,13 +89,13 @@ impl Agent {
         let mut record = Record {
             phase: Phase::Up,
             generation,
-            epoch: kept.map_or(0, |kept| kept.epoch),
+            epoch: kept.map_or(0, |kept| kept.epoch).max(part.map_or(0, |part| part.epoch)),
             snapshot: None,
             started: None,
             machines: Vec::new(),
             retiring: Vec::new(),
             disks: BTreeMap::new(),
-            span: None,
+            span: part.map(|part| part.span.clone()),
             doubt: None,
             specification,
         };
@@ -100,7 +106,8 @@ impl Agent {
             let hardware = self.hardware.choose(machine, &mut warnings)?;
             let disks = make_disks(machine, &disk_folder(&folder, generation), kept)?;
             record.disks.insert(machine.name.to_string(), disks.clone());
-            let boot = self.boot(&record.specification, machine)?;
+            let whole = part.map_or(&record.specification, |part| &part.span.whole);
+            let boot = self.boot(whole, machine)?;
             machines.push(MachinePlan { hardware, boot, disks, from: None });
         }
         for warning in warnings {
@@ -117,6 +124,7 @@ impl Agent {
                 runtime_folder: socket_folder(slot, &self.folders, generation),
                 log_folder: folder.join("log"),
                 console_folder: folder.join("console"),
+                joining: part.map(|part| Joining { slot, span: &part.span, doubt: None }),
             },
             operation,
         )?;
@@ -134,6 +142,9 @@ impl Agent {
         record.started = Some(now());
         record.save(&folder)?;
         operation.check()?;
+        if let Some(part) = part {
+            self.wait_for_others(launched.running().segment, part.span.id, operation)?;
+        }
         self.resume_all(&mut launched, &BTreeMap::new(), |_| {})?;
         let mut state = slot.state();
         state.running = Some(launched.keep());

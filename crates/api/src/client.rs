@@ -24,13 +24,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
-use crate::{
-    AgentInfo, ApiError, CreateSnapshotRequest, DiffReport, DownReport, DownRequest, Empty,
-    EnvironmentStatus, ErrorBody, ErrorKind, Event, ExecReport, ExecRequest, Folders, ForkReport,
-    ForkRequest, MachinesRequest, Progress, PruneReport, PruneRequest, RemoveReport, RestoreReport,
-    RestoreRequest, SnapshotList, SnapshotReport, StopAgentRequest, StoreCheckReport, StoreCheckRequest,
-    StoreGcReport, StoreGcRequest, StoreStats, UpRequest, VerifyReport,
-};
+use crate::{AgentInfo, ApiError, CreateSnapshotRequest, DiffReport, DownReport, DownRequest, DrainHostRequest, Empty, EnvironmentStatus, ErrorBody, ErrorKind, Event, ExecReport, ExecRequest, Folders, ForkReport, ForkRequest, HostInfo, InitHostRequest, JoinHostRequest, MachinesRequest, Progress, PruneReport, PruneRequest, RemoveHostRequest, RemoveReport, RestoreReport, RestoreRequest, SnapshotList, SnapshotReport, StopAgentRequest, StoreCheckReport, StoreCheckRequest, StoreGcReport, StoreGcRequest, StoreStats, TokenReply, TokenRequest, UpRequest, VerifyReport};
 
 /// The largest answer, and the longest line of an event stream, that the client takes: an `exec` report may
 /// hold 16 MiB each of standard output and standard error, in base64.
@@ -373,6 +367,54 @@ impl Client {
         } else {
             Err(answer.into_error().await)
         }
+    }
+
+    /// The cluster's hosts.
+    ///
+    /// # Errors
+    /// When this host is in no cluster, among others.
+    pub async fn hosts(&self) -> Result<Vec<HostInfo>, ClientError> {
+        self.ask(Method::GET, "/v1/hosts").await
+    }
+
+    /// Makes a cluster.
+    ///
+    /// # Errors
+    /// When this host is in one, among others.
+    pub async fn init_host(&self, request: &InitHostRequest) -> Result<HostInfo, ClientError> {
+        self.post("/v1/hosts/init", request).await
+    }
+
+    /// Enters a cluster.
+    ///
+    /// # Errors
+    /// When this host is in one, among others.
+    pub async fn join_host(&self, request: &JoinHostRequest) -> Result<HostInfo, ClientError> {
+        self.post("/v1/hosts/join", request).await
+    }
+
+    /// Makes a token for hosts that are to join.
+    ///
+    /// # Errors
+    /// When this host cannot let others in, among others.
+    pub async fn host_token(&self, request: &TokenRequest) -> Result<TokenReply, ClientError> {
+        self.post("/v1/hosts/token", request).await
+    }
+
+    /// Lets a host get no new machines, or get them again.
+    ///
+    /// # Errors
+    /// When there is no such host, among others.
+    pub async fn drain_host(&self, request: &DrainHostRequest) -> Result<HostInfo, ClientError> {
+        self.post("/v1/hosts/drain", request).await
+    }
+
+    /// Takes a host out of the cluster.
+    ///
+    /// # Errors
+    /// When it has machines and `force` is not set, among others.
+    pub async fn remove_host(&self, request: &RemoveHostRequest) -> Result<Empty, ClientError> {
+        self.post("/v1/hosts/remove", request).await
     }
 
     /// All snapshots.

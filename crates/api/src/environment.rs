@@ -75,6 +75,8 @@ pub enum MachineState {
     Crashed,
     /// The QEMU process is gone.
     Dead,
+    /// Its host is gone, or does not answer.
+    Lost,
 }
 
 /// Everything known of one environment.
@@ -126,7 +128,7 @@ pub struct MachineStatus {
 }
 
 /// One network interface and its port's counters.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NicStatus {
     /// The network it attaches to.
     pub network: String,

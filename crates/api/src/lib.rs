@@ -26,6 +26,11 @@
 //! | `DELETE /v1/snapshots/{query}?environment=` | | [`RemoveReport`] |
 //! | `POST /v1/snapshots/{query}/verify?environment=` | | events, [`VerifyReport`] |
 //! | `GET /v1/snapshots/{query}/diff/{other}?environment=` | | [`DiffReport`] |
+//! | `GET /v1/hosts` | | `Vec<`[`HostInfo`]`>` |
+//! | `POST /v1/hosts/init`, `…/join` | [`InitHostRequest`], [`JoinHostRequest`] | [`HostInfo`] |
+//! | `POST /v1/hosts/token` | [`TokenRequest`] | [`TokenReply`] |
+//! | `POST /v1/hosts/drain` | [`DrainHostRequest`] | [`HostInfo`] |
+//! | `POST /v1/hosts/remove` | [`RemoveHostRequest`] | [`Empty`] |
 //! | `GET /v1/store` | | [`StoreStats`] |
 //! | `POST /v1/store/check` | [`StoreCheckRequest`] | events, [`StoreCheckReport`] |
 //! | `POST /v1/store/gc` | [`StoreGcRequest`] | events, [`StoreGcReport`] |
@@ -38,6 +43,7 @@ mod environment;
 mod error;
 mod event;
 mod folders;
+mod host;
 mod snapshot;
 mod store;
 mod system;
@@ -47,6 +53,7 @@ pub use environment::*;
 pub use error::*;
 pub use event::*;
 pub use folders::*;
+pub use host::*;
 pub use snapshot::*;
 pub use store::*;
 pub use system::*;

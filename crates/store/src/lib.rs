@@ -45,6 +45,7 @@ mod diff;
 mod error;
 mod fetch;
 mod files;
+mod foreign;
 mod frames;
 mod id;
 mod index;

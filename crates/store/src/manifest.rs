@@ -95,7 +95,7 @@ pub enum InFlightPolicy {
 }
 
 /// The cut that the snapshot captures.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CutRecord {
     /// The environment's epoch after the cut.
     pub epoch: u32,
@@ -103,6 +103,9 @@ pub struct CutRecord {
     pub skew_us: u64,
     /// On how many hosts machines ran.
     pub hosts: u32,
+    /// The attempt that it came of, as 32 hexadecimal digits: by it, a host finds out what became of a cut.
+    #[serde(default)]
+    pub attempt: String,
 }
 
 /// One machine.
@@ -437,20 +440,11 @@ impl Manifest {
     /// Every part. A kernel or initrd that several machines use is there once.
     pub fn parts(&self) -> Vec<Part> {
         let mut parts = Vec::new();
-        let mut blobs = BTreeSet::new();
+        let mut seen = BTreeSet::new();
         for machine in &self.machines {
-            parts.push(machine.ram.part(&machine.name));
-            parts.push(machine.device_state.part(state_part(&machine.name)));
-            for disk in &machine.disks {
-                for (index, layer) in disk.layers.iter().enumerate() {
-                    parts.push(layer.part(&machine.name, &disk.name, index));
-                }
-            }
-            for blob in [&machine.kernel, &machine.initrd].into_iter().flatten() {
-                if blobs.insert(blob.root) {
-                    parts.push(blob.part(blob_part(&blob.root)));
-                }
-            }
+            let own = machine.parts().into_iter();
+            // Kernels and initrds are the only parts that machines share.
+            parts.extend(own.filter(|part| seen.insert(part.name.clone())));
         }
         parts.push(self.frames.part(FRAMES_PART.to_owned()));
         parts
@@ -477,6 +471,20 @@ impl Manifest {
 }
 
 impl MachineRecord {
+    /// Every part of it.
+    pub(crate) fn parts(&self) -> Vec<Part> {
+        let mut parts = vec![self.ram.part(&self.name), self.device_state.part(state_part(&self.name))];
+        for disk in &self.disks {
+            for (index, layer) in disk.layers.iter().enumerate() {
+                parts.push(layer.part(&self.name, &disk.name, index));
+            }
+        }
+        for blob in [&self.kernel, &self.initrd].into_iter().flatten() {
+            parts.push(blob.part(blob_part(&blob.root)));
+        }
+        parts
+    }
+
     fn check(&self) -> Result<(), ManifestProblem> {
         let part = ram_part(&self.name);
         at_most(&part, self.ram.bytes, MAX_RAM_BYTES)?;

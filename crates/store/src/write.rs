@@ -58,12 +58,12 @@ pub enum Piece {
 }
 
 #[derive(Debug, Default)]
-struct Ledger {
+pub(crate) struct Ledger {
     /// By the part's name; `None` while it is being written.
-    parts: BTreeMap<String, Option<(u64, Address)>>,
+    pub(crate) parts: BTreeMap<String, Option<(u64, Address)>>,
     logical_bytes: u64,
     /// The first part that failed half-way.
-    failed: Option<String>,
+    pub(crate) failed: Option<String>,
 }
 
 impl Writer {
@@ -288,7 +288,11 @@ impl Writer {
         result
     }
 
-    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+    pub(crate) fn target(&self) -> &Target {
+        &self.target
+    }
+
+    pub(crate) fn ledger(&self) -> MutexGuard<'_, Ledger> {
         // A thread that panicked left its entry at `None`, which commit refuses.
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -10,7 +10,7 @@ use diorama_cut::{Drops, Frames, MachineReport};
 use diorama_qemu::process::{Policy, set_thread_policy};
 use diorama_store::{
     Accounting, BaseRecord, Capture as StoredCapture, CutRecord, DiskRecord, Dropped, FORMAT, FileRecord, Hardware,
-    LayerFormat, LearnedRecord, MachineRecord, Manifest, NetworkRecord, Piece, Receipt, StoredFrame, Writer,
+    LayerFormat, LearnedRecord, MachineRecord, Manifest, NetworkRecord, Piece, StoredFrame, Writer,
 };
 use diorama_switch::{NetworkId, PeerId, PortId};
 
@@ -151,9 +151,7 @@ impl Attempt<'_> {
         let writer = self.writer.take().ok_or_else(|| defect("a manifest without a writer"))?;
         let id = writer.commit(manifest).map_err(store_error)?;
         let create_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        if let Err(error) = self.agent.store.put_receipt(&id, &Receipt { create_ms }) {
-            tracing::warn!(%error, "how long the snapshot took is not recorded");
-        }
+        self.agent.note_created(&id, create_ms);
         self.id = Some(id);
         Ok(())
     }
@@ -202,7 +200,7 @@ impl Attempt<'_> {
             },
             networks: networks.collect(),
             specification: self.record.specification.clone(),
-            cut: CutRecord { epoch: self.record.epoch, skew_us: skew_ns / 1000, hosts: 1 },
+            cut: CutRecord { epoch: self.record.epoch, skew_us: skew_ns / 1000, hosts: 1, attempt: self.attempt.clone() },
             frames: self.frames.clone().ok_or_else(|| defect("a manifest without frames"))?,
             bytes,
             machines: std::mem::take(&mut self.written),
@@ -215,6 +213,12 @@ impl Attempt<'_> {
         let networks = 0..self.record.specification.networks.len();
         Ok(HostPart {
             frames: self.frames.clone().ok_or_else(|| defect("a report without frames"))?,
+            bytes: self
+                .writer
+                .as_ref()
+                .ok_or_else(|| defect("a report without a writer"))?
+                .seal()
+                .map_err(store_error)?,
             learned: networks.map(|index| self.learned(outcome, index)).collect(),
         })
     }
@@ -404,6 +408,6 @@ fn stored_accounting(accounting: &diorama_switch::Accounting) -> Accounting {
     }
 }
 
-fn defect(what: &str) -> ApiError {
+pub(super) fn defect(what: &str) -> ApiError {
     ApiError::new(ErrorKind::Internal, format!("a defect in the snapshot's order of steps: {what}"))
 }

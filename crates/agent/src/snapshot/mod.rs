@@ -17,9 +17,11 @@
 mod commit;
 mod compact;
 mod frozen;
+mod joint;
 mod part;
 mod prepare;
 
+pub(crate) use joint::{protocol_capture, protocol_in_flight};
 pub(crate) use part::{CapturedMachine, HostPart, PartWorker, Post};
 pub(crate) use commit::modified;
 
@@ -62,6 +64,8 @@ pub(crate) struct Attempt<'a> {
     states: Vec<MachineState>,
     name: String,
     message: String,
+    /// The attempt's id.
+    attempt: String,
     capture: CaptureMode,
     /// Whether the user did not choose the capture mode, so that another may be taken.
     may_fall_back: bool,
@@ -117,6 +121,9 @@ impl Agent {
         request: CreateSnapshotRequest,
         operation: &Operation,
     ) -> Result<SnapshotReport, ApiError> {
+        if self.environment_record(environment).is_some() {
+            return self.create_snapshot_in_cluster(environment, request, operation);
+        }
         let started = Instant::now();
         let (slot, _guard) = self.slots.enter(environment, "a snapshot", operation)?;
         let record = slot.record_if_up()?;
@@ -135,7 +142,7 @@ impl Agent {
         Ok(crate::snapshots::report(&self.store.load(&id).map_err(store_error)?))
     }
 
-    fn choose_name(&self, environment: &str, wanted: Option<String>) -> Result<String, ApiError> {
+    pub(crate) fn choose_name(&self, environment: &str, wanted: Option<String>) -> Result<String, ApiError> {
         if let Some(name) = wanted {
             diorama_store::check_snapshot_name(&name).map_err(|problem| {
                 store_error(diorama_store::StoreError::BadName { name: name.clone(), problem })
@@ -155,7 +162,7 @@ impl Agent {
         unreachable!("there are more numbers than snapshots")
     }
 
-    fn choose_capture(
+    pub(crate) fn choose_capture(
         &self,
         wanted: Option<CaptureMode>,
         operation: &Operation,
@@ -201,6 +208,7 @@ impl<'a> Attempt<'a> {
             states: states.into_iter().map(|(state, _)| state).collect(),
             name: String::new(),
             message: String::new(),
+            attempt: String::new(),
             capture: CaptureMode::Live,
             may_fall_back: false,
             in_flight: InFlightPolicy::Record,
@@ -227,18 +235,12 @@ impl Attempt<'_> {
         self.compact_disks()?;
         let mut protocol = Loopback::new(Epoch(self.record.epoch));
         let config = Config {
-            capture: match self.capture {
-                CaptureMode::Live => diorama_cut::CaptureMode::Live,
-                CaptureMode::Precopy => diorama_cut::CaptureMode::PreCopy,
-                CaptureMode::Stop => diorama_cut::CaptureMode::Stop,
-            },
-            in_flight: match self.in_flight {
-                InFlightPolicy::Record => diorama_cut::InFlight::Record,
-                InFlightPolicy::Drop => diorama_cut::InFlight::Drop,
-            },
+            capture: protocol_capture(self.capture),
+            in_flight: protocol_in_flight(self.in_flight),
             ..Config::default()
         };
         let attempt_id = diorama_cut::SnapshotId(crate::launch::random_bytes());
+        self.attempt = attempt_id.to_string();
         let mut actions: VecDeque<Action> = protocol
             .start(attempt_id, config, self.started.elapsed())
             .map_err(|error| ApiError::new(ErrorKind::Internal, error.to_string()))?
@@ -387,6 +389,8 @@ impl Attempt<'_> {
     }
 
     fn keep(&mut self) {
+        // Of a part, another host's writer has made the snapshot; this one has only to go.
+        self.writer = None;
         let Some(id) = self.id else { return };
         self.keeper = None;
         if let Some(files) = self.files.take() {

@@ -17,16 +17,18 @@ use diorama_api::{ApiError, CaptureMode, ErrorKind, InFlightPolicy, MachineState
 use diorama_cut::message::Body;
 use diorama_cut::participant::{Input, Output};
 use diorama_cut::{
-    Channel, CutId, Epoch, MachineReport, Message, NetworkId, Participant, ParticipantId, SnapshotId,
+    Channel, CutId, Epoch, MachineReport, Message, NetworkId, Participant, ParticipantId, SnapshotId, initiator,
 };
-use diorama_store::{FileRecord, LearnedRecord, MachineRecord};
+use diorama_store::{Bytes, FileRecord, LearnedRecord, MachineRecord};
 use diorama_switch::PeerId;
 use serde::{Deserialize, Serialize};
 
+use super::commit::defect;
 use super::{Attempt, refuse_broken};
 use crate::Agent;
 use crate::dataplane::SegmentId;
 use crate::operation::Operation;
+use crate::problem::store_error;
 use crate::record::{Doubt, Record};
 use crate::slot::{OperationGuard, Slot};
 
@@ -50,14 +52,20 @@ pub(crate) struct CapturedMachine {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct HostPart {
     pub(crate) frames: FileRecord,
+    /// What the host's part takes in the store.
+    pub(crate) bytes: Bytes,
     /// By network, in the order of the specification.
     pub(crate) learned: Vec<Vec<LearnedRecord>>,
 }
+
+/// Where messages for the initiator go, while there is one on this host.
+type Initiators = Arc<Mutex<Option<Sender<initiator::Input>>>>;
 
 /// The handle on an environment's thread. It ends when the last handle goes.
 #[derive(Debug, Clone)]
 pub(crate) struct PartWorker {
     inbox: Sender<Input>,
+    initiator: Initiators,
     current: Arc<Mutex<Option<(SnapshotId, Operation)>>>,
 }
 
@@ -72,7 +80,7 @@ impl PartWorker {
     ) -> std::io::Result<Self> {
         let (inbox, inputs) = channel();
         let current = Arc::new(Mutex::new(None));
-        let worker = Self { inbox, current: Arc::clone(&current) };
+        let worker = Self { inbox, initiator: Arc::default(), current: Arc::clone(&current) };
         let (agent, slot) = (Arc::clone(agent), Arc::clone(slot));
         let name = format!("cuts {}", slot.name);
         std::thread::Builder::new().name(name).spawn(move || {
@@ -109,10 +117,33 @@ impl PartWorker {
         self.feed(Input::Message { from, message });
     }
 
+    /// Messages for the initiator go there, for as long as what is returned lives.
+    pub(crate) fn receive_as_initiator(&self, inbox: Sender<initiator::Input>) -> Receiving {
+        *self.initiator.lock().unwrap_or_else(PoisonError::into_inner) = Some(inbox);
+        Receiving(Arc::clone(&self.initiator))
+    }
+
+    /// Hands over what is for the initiator. Gives it back when there is none.
+    pub(crate) fn initiator_takes(&self, input: initiator::Input) -> Option<initiator::Input> {
+        match &*self.initiator.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(inbox) => inbox.send(input).err().map(|unsent| unsent.0),
+            None => Some(input),
+        }
+    }
+
     /// Something else happened.
     pub(crate) fn feed(&self, input: Input) {
         // The thread ends with its last handle, and this is one.
         let _ = self.inbox.send(input);
+    }
+}
+
+/// See [`PartWorker::receive_as_initiator`].
+pub(crate) struct Receiving(Initiators);
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
@@ -401,6 +432,7 @@ impl Attempt<'_> {
         initiator: ParticipantId,
     ) -> Result<Vec<MachineReport>, ApiError> {
         let written = self.try_store_machines()?;
+        self.writer.as_ref().ok_or_else(|| defect("a report without a writer"))?.publish().map_err(store_error)?;
         let mut host = Some(self.host_part()?);
         let machines = written
             .into_iter()

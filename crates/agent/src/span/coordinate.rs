@@ -14,11 +14,12 @@ use std::time::{Duration, Instant};
 use diorama_api::client::{ClientError, Notice};
 use diorama_api::{
     ApiError, DownReport, DownRequest, EnvironmentState, EnvironmentStatus, ErrorKind, MachineState,
-    MachineStatus, NicStatus, RestoreReport, RestoreRequest,
+    ForkReport, ForkRequest, MachineStatus, NicStatus, RestoreReport,
 };
 use diorama_cluster::HostId;
 use diorama_cluster::directory::{EnvironmentRecord, InitiatorLock, Revised};
 use diorama_cluster::placement::{self, Wanted};
+use diorama_store::SnapshotId;
 use diorama_topology::{Environment, EnvironmentName, MachineName};
 use diorama_tunnel::{Ip, Protection, guest_mtu};
 
@@ -28,6 +29,7 @@ use crate::cluster::{Cluster, MACHINE_OVERHEAD_BYTES, directory_error};
 use crate::operation::Operation;
 use crate::problem::store_error;
 use crate::record::{SpanHost, SpanRecord};
+use crate::restore::MAX_FORKS;
 
 /// How long parts may take to stand ready.
 const READY_LIMIT: Duration = Duration::from_secs(300);
@@ -187,12 +189,12 @@ impl Agent {
     pub(crate) fn restore_in_cluster(
         &self,
         name: EnvironmentName,
-        request: &RestoreRequest,
+        id: SnapshotId,
+        elapsed_us: u64,
         operation: &Operation,
     ) -> Result<RestoreReport, ApiError> {
-        let started = Instant::now();
+        let started = crate::restore::before(elapsed_us);
         let cluster = self.cluster_or_error()?;
-        let id = self.resolve_snapshot(&request.snapshot, Some(name.as_str()))?;
         let stored = self.store.load(&id).map_err(store_error)?;
         let specification = stored.manifest.specification.renamed(name.clone());
         let lock = cluster.wait(cluster.directory.lock(&name, "restore")).map_err(directory_error)?;
@@ -250,7 +252,7 @@ impl Agent {
             }
         }
         release(cluster, lock);
-        let elapsed = started.elapsed() + Duration::from_micros(request.elapsed_us);
+        let elapsed = started.elapsed();
         Ok(RestoreReport {
             environment: name.to_string(),
             snapshot: id.to_string(),
@@ -258,6 +260,65 @@ impl Agent {
             in_flight_replayed: reports.iter().map(|report| report.in_flight_replayed).sum(),
             machines: reports.into_iter().flat_map(|report| report.machines).collect(),
         })
+    }
+
+    /// Makes new environments of a snapshot, one after another; all or none.
+    pub(crate) fn fork_in_cluster(
+        &self,
+        id: SnapshotId,
+        original: &EnvironmentName,
+        request: &ForkRequest,
+        operation: &Operation,
+    ) -> Result<ForkReport, ApiError> {
+        let names = self.fork_names(original, request)?;
+        let mut environments: Vec<RestoreReport> = Vec::new();
+        for name in names {
+            match self.restore_in_cluster(name, id, request.elapsed_us, operation) {
+                Ok(report) => environments.push(report),
+                Err(error) => {
+                    for made in environments {
+                        let undone = self.down(&made.environment, DownRequest { volumes: true }, operation);
+                        if let Err(error) = undone {
+                            tracing::error!(environment = made.environment, %error, "a fork could not be undone");
+                        }
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(ForkReport { environments })
+    }
+
+    fn fork_names(&self, original: &EnvironmentName, request: &ForkRequest) -> Result<Vec<EnvironmentName>, ApiError> {
+        let view = self.cluster_or_error()?.directory.view();
+        let taken = |name: &str| view.environments.keys().any(|known| known.as_str() == name);
+        let count = request.count.unwrap_or(1);
+        if count == 0 || count > MAX_FORKS {
+            return Err(ApiError::new(ErrorKind::Invalid, format!("cannot make {count} forks at once"))
+                .hint(format!("between 1 and {MAX_FORKS}")));
+        }
+        let names: Vec<String> = match (&request.name, count) {
+            (Some(name), 1) => vec![name.clone()],
+            (Some(name), _) => (1..=count).map(|number| format!("{name}-{number}")).collect(),
+            (None, _) => (1_u32..)
+                .map(|number| format!("{original}-fork-{number}"))
+                .filter(|name| !taken(name))
+                .take(count as usize)
+                .collect(),
+        };
+        names
+            .into_iter()
+            .map(|text| {
+                if taken(&text) {
+                    return Err(ApiError::new(ErrorKind::NameInUse, format!("there is an environment `{text}` already"))
+                        .hint("choose another name with `--name`, or stop that one with `diorama down --volumes`"));
+                }
+                text.parse().map_err(|error: diorama_topology::NameError| {
+                    ApiError::new(ErrorKind::Invalid, format!("`{text}` cannot be an environment's name: {error}"))
+                        .hint("choose a short one with `--name`")
+                })
+            })
+            .collect()
     }
 
     /// Launches all parts, and lets them run once all stand ready.

@@ -7,6 +7,7 @@
 //! | --- | --- |
 //! | `parts` | this host's part: launching it, and the messages of its cuts |
 //! | `coordinate` | the whole: up, down, status, restore |
+//! | `forward` | requests that another host answers |
 //! | `initiate` | the whole's snapshots: the initiator of the protocol |
 //! | `sessions` | the tunnels' keys |
 //!
@@ -14,11 +15,13 @@
 //! and goes this way even if one host has all of it.
 
 mod coordinate;
+mod forward;
 mod initiate;
 mod parts;
 mod sessions;
 
-pub(crate) use parts::{Joining, PartRequest};
+pub(crate) use forward::forward;
+pub(crate) use parts::{Joining, Messages, PartRequest};
 pub(crate) use sessions::Sessions;
 
 use diorama_topology::Environment;

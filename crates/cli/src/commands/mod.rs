@@ -10,6 +10,7 @@ mod doctor;
 mod down;
 mod exec;
 mod fork;
+mod host;
 mod logs;
 mod pause;
 mod restore;
@@ -47,6 +48,8 @@ pub enum Command {
     Validate(validate::Arguments),
     Schema(schema::Arguments),
     Doctor(doctor::Arguments),
+    #[command(subcommand)]
+    Host(host::Command),
     Agent(agent::Arguments),
     Completion(completion::Arguments),
 }
@@ -103,6 +106,9 @@ pub fn run(
         Command::Validate(arguments) => validate::run(&arguments, output),
         Command::Schema(arguments) => schema::run(&arguments, output),
         Command::Doctor(arguments) => doctor::run(&arguments, output),
+        Command::Host(command) => {
+            session::run(named, output, started, async |session| host::run(command, session).await)
+        }
         Command::Agent(arguments) => agent::run(arguments, output, started),
         Command::Completion(arguments) => completion::run(&arguments, output),
     }
