@@ -98,7 +98,7 @@ pub(crate) enum Backend {
 
 pub(crate) enum Watch {
     Local(LocalWatch),
-    Etcd(EtcdWatch),
+    Etcd(Box<EtcdWatch>),
 }
 
 impl Backend {
@@ -145,7 +145,7 @@ impl Backend {
     pub async fn watch(&self, from: Revision) -> Result<Watch, BackendError> {
         match self {
             Self::Local(local) => local.watch(from).map(Watch::Local),
-            Self::Etcd(etcd) => etcd.watch(from).await.map(Watch::Etcd),
+            Self::Etcd(etcd) => Ok(Watch::Etcd(Box::new(etcd.watch(from).await?))),
         }
     }
 

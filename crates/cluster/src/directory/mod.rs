@@ -186,11 +186,11 @@ impl Directory {
         let etcd =
             etcd::Etcd::new(config, format!("/diorama/v1/{short}/")).map_err(OpenError::Configuration)?;
         let mut view = View::unknown();
-        if let Some(path) = &options.remembered {
-            if let Some(stored) = local::StoredEntries::read(path)? {
-                let freshness = view.freshness;
-                view = View { freshness, ..View::of(stored.revision, &stored.entries) };
-            }
+        if let Some(path) = &options.remembered
+            && let Some(stored) = local::StoredEntries::read(path)?
+        {
+            let freshness = view.freshness;
+            view = View { freshness, ..View::of(stored.revision, &stored.entries) };
         }
         Ok(Self::open(Backend::Etcd(etcd), host, options, view))
     }

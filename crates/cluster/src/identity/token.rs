@@ -142,7 +142,7 @@ mod tests {
             (credentials.to_owned(), "address"),
             (format!("{credentials}@"), "address"),
             (format!("{credentials}@host:1"), "address"),
-            (format!("{credentials}@{}", vec!["1.1.1.1:1"; 9].join(",")), "end"),
+            (format!("{credentials}@{}", ["1.1.1.1:1"; 9].join(",")), "end"),
             (text.replace(parts[1], "zz"), "id"),
             (text.replace(parts[2], "AAAA"), "secret"),
             (text.replace(parts[3], "00"), "fingerprint"),

@@ -235,12 +235,14 @@ async fn an_agent_that_starts_without_etcd_knows_its_cluster() {
 #[tokio::test]
 async fn one_of_several_addresses_is_enough() {
     let (absent, etcd) = (Etcd::absent(), Etcd::start());
-    let config = EtcdConfig::at([format!("http://{}", absent.address()), format!("http://{}", etcd.address())]);
+    let config =
+        EtcdConfig::at([format!("http://{}", absent.address()), format!("http://{}", etcd.address())]);
     let one = Directory::etcd(&config, CLUSTER, host(1), options()).unwrap();
     one.fresh(LIMIT).await.unwrap();
     one.put_snapshot(&snapshot("s"), None).await.unwrap();
 
-    let error = Directory::etcd(&EtcdConfig::at(["not an address"]), CLUSTER, host(1), options()).unwrap_err();
+    let error =
+        Directory::etcd(&EtcdConfig::at(["not an address"]), CLUSTER, host(1), options()).unwrap_err();
     assert!(error.to_string().contains("not an address"), "{error}");
     let none: [String; 0] = [];
     assert!(Directory::etcd(&EtcdConfig::at(none), CLUSTER, host(1), options()).is_err());

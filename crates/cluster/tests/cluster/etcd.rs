@@ -28,7 +28,12 @@ impl Etcd {
 
     /// An etcd that is configured and does not run.
     pub fn absent() -> Self {
-        Self { folder: tempfile::tempdir().unwrap(), client: free_address(), peer: free_address(), process: None }
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+            client: free_address(),
+            peer: free_address(),
+            process: None,
+        }
     }
 
     pub fn start_again(&mut self) {
@@ -37,7 +42,17 @@ impl Etcd {
         let log = std::fs::File::create(self.folder.path().join("log")).unwrap();
         // setpriv: etcd ends when this test does, however that ends.
         let process = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", "etcd", "--name", "test", "--logger", "zap", "--log-level", "error"])
+            .args([
+                "--pdeathsig",
+                "KILL",
+                "etcd",
+                "--name",
+                "test",
+                "--logger",
+                "zap",
+                "--log-level",
+                "error",
+            ])
             .arg("--data-dir")
             .arg(self.folder.path().join("data"))
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
@@ -89,7 +104,8 @@ impl Etcd {
 
     /// What another program would do: by etcd's JSON gateway.
     pub fn put(&self, key: &str, value: &[u8]) {
-        let body = format!("{{\"key\":\"{}\",\"value\":\"{}\"}}", STANDARD.encode(key), STANDARD.encode(value));
+        let body =
+            format!("{{\"key\":\"{}\",\"value\":\"{}\"}}", STANDARD.encode(key), STANDARD.encode(value));
         self.ask("put", &body);
     }
 

@@ -206,7 +206,8 @@ async fn many_join_with_one_token_at_once() {
     for number in 0..8 {
         let (folder, token) = (etcd.folder(&format!("n{number}")), token.clone());
         joins.spawn(async move {
-            join(&folder, &token, format!("n{number}").parse().unwrap(), vec!["127.0.0.1:1".parse().unwrap()]).await
+            join(&folder, &token, format!("n{number}").parse().unwrap(), vec!["127.0.0.1:1".parse().unwrap()])
+                .await
         });
     }
     let results = joins.join_all().await;
@@ -249,7 +250,10 @@ async fn hostile_requests_to_join() {
         ("GET /whoami HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(), "403"),
         ("POST /v1/cluster/renew HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".to_owned(), "403"),
         (
-            format!("POST /v1/cluster/join HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n{}", "x".repeat(9000)),
+            format!(
+                "POST /v1/cluster/join HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n{}",
+                "x".repeat(9000)
+            ),
             "403",
         ),
         ("\0\0\0\0\r\n\r\n".to_owned(), "400"),
@@ -257,7 +261,8 @@ async fn hostile_requests_to_join() {
         let mut stream = joining_stream(first.address).await;
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = vec![0; 2000];
-        let length = tokio::time::timeout(LIMIT, stream.read(&mut answer)).await.expect("it answers").unwrap();
+        let length =
+            tokio::time::timeout(LIMIT, stream.read(&mut answer)).await.expect("it answers").unwrap();
         let answer = String::from_utf8_lossy(&answer[..length]);
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{request:.40}: {answer}");
         assert!(!answer.contains("first "), "{answer}");
@@ -329,7 +334,8 @@ async fn a_cluster_is_founded_once_and_goes_on_from_half_way() {
     assert!(failed.is_err(), "etcd is not there");
     assert!(Credentials::open(&folder).unwrap().is_none());
     etcd.start_again();
-    let (credentials, _admission) = found(&folder, name(), address(), &etcd.config(), options()).await.unwrap();
+    let (credentials, _admission) =
+        found(&folder, name(), address(), &etcd.config(), options()).await.unwrap();
     let again = found(&folder, name(), address(), &etcd.config(), options()).await;
     assert!(matches!(again, Err(AdmissionError::MemberAlready { .. })));
     // It was killed before it wrote its certificate.

@@ -9,6 +9,7 @@ use std::fmt;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use hyper::http::uri::PathAndQuery;
 use messages::{
     AuthenticateRequest, AuthenticateResponse, Compare, CompareWith, DeleteRangeRequest, KeyValue,
     LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveResponse, LeaseRequest, LeaseRevokeResponse,
@@ -18,7 +19,6 @@ use messages::{
 use serde::{Deserialize, Serialize};
 use tokio_stream::{Stream, StreamExt};
 use tonic::client::Grpc;
-use hyper::http::uri::PathAndQuery;
 use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Request, Status, Streaming};
