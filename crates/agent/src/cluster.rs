@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use diorama_api::client::{Answering, Client};
+use diorama_api::{Answering, Client};
 use diorama_api::{
     ApiError, ErrorKind, HostInfo, HostState, InitHostRequest, JoinHostRequest, TokenReply, TokenRequest,
 };
@@ -455,7 +455,7 @@ fn labels(texts: &BTreeMap<String, String>) -> Result<BTreeMap<LabelName, LabelV
         .map(|(name, value)| {
             let key = name.parse().map_err(|error: diorama_topology::NameError| invalid(name, error.to_string()))?;
             let value =
-                value.parse().map_err(|error: diorama_topology::NameError| invalid(value, error.to_string()))?;
+                value.parse().map_err(|error: diorama_topology::LabelValueError| invalid(value, error.to_string()))?;
             Ok((key, value))
         })
         .collect()

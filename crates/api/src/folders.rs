@@ -7,6 +7,8 @@
 //!   `DIORAMA_RUNTIME_DIR`, else `/dev/shm/diorama-UID-HASH` (HASH is of the home, so that several homes do
 //!   not meet). It belongs to the user alone (mode 0700).
 //!
+//! - The **store** of snapshots: `DIORAMA_STORE`, else `store` in the home. Hosts of a cluster share one.
+//!
 //! Nothing is written anywhere else, except where the user said.
 
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -19,6 +21,7 @@ use crate::{ApiError, ErrorKind};
 pub struct Folders {
     home: PathBuf,
     runtime: PathBuf,
+    store: PathBuf,
 }
 
 impl Folders {
@@ -42,12 +45,18 @@ impl Folders {
                 .map_err(|error| ApiError::new(ErrorKind::Io, format!("{}: {error}", folder.display())))?,
             None => default_runtime(&home),
         };
-        Ok(Self { home, runtime })
+        let store = match variable("DIORAMA_STORE") {
+            Some(folder) => std::path::absolute(&folder)
+                .map_err(|error| ApiError::new(ErrorKind::Io, format!("{}: {error}", folder.display())))?,
+            None => home.join("store"),
+        };
+        Ok(Self { home, runtime, store })
     }
 
     /// Two given folders.
     pub fn new(home: impl Into<PathBuf>, runtime: impl Into<PathBuf>) -> Self {
-        Self { home: home.into(), runtime: runtime.into() }
+        let home = home.into();
+        Self { store: home.join("store"), home, runtime: runtime.into() }
     }
 
     /// Durable state.
@@ -87,7 +96,7 @@ impl Folders {
 
     /// The snapshot store.
     pub fn store(&self) -> PathBuf {
-        self.home.join("store")
+        self.store.clone()
     }
 
     /// Where built-in images are looked for, in this order: the home, beside the program

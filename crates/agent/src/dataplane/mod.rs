@@ -32,7 +32,6 @@ pub(crate) use local_cut::{CutFailure, CutJob, CutMachine, CutOutcome, Goal, Res
 pub(crate) use peers::{PeerStatus, Span};
 pub(crate) use plane::{Plane, VCPU_NICE};
 pub(crate) use segment::{PortStatus, Segment, SegmentId, Stopped};
-pub(crate) use wire::WireCounters;
 pub use standalone::switch_streams;
 
 /// Something to do on the data plane's thread.

@@ -7,8 +7,8 @@
 use std::net::SocketAddr;
 
 use diorama_switch::geneve::Vni;
-use diorama_switch::{ChannelCounts, Epoch, NetworkId, PeerCounters, PeerId, Time};
-use diorama_tunnel::{Opened, ReceivingKey, SendingKey, Tunnel, TunnelCounters};
+use diorama_switch::{ChannelCounts, Epoch, NetworkId, PeerId, Time};
+use diorama_tunnel::{Opened, ReceivingKey, SendingKey, Tunnel};
 
 use super::plane::Io;
 use super::segment::Segment;
@@ -35,15 +35,13 @@ pub(super) struct PeerLink {
     tunnel: Option<Tunnel>,
 }
 
-/// What passed between this host and another, for one environment.
+/// How this host stands with another, for one environment.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PeerStatus {
     pub(crate) peer: PeerId,
     /// Whether there is a session.
     pub(crate) connected: bool,
     pub(crate) rekey_due: bool,
-    pub(crate) counters: PeerCounters,
-    pub(crate) tunnel: TunnelCounters,
 }
 
 /// The part of a segment that concerns other hosts.
@@ -118,8 +116,6 @@ impl Segment {
             peer: link.id,
             connected: link.tunnel.is_some(),
             rekey_due: link.tunnel.as_ref().is_some_and(Tunnel::rekey_due),
-            counters: self.switch().peer_counters(link.id),
-            tunnel: link.tunnel.as_ref().map(Tunnel::counters).unwrap_or_default(),
         };
         self.peers().map(|peers| peers.links.iter().map(of).collect()).unwrap_or_default()
     }

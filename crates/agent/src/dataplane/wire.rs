@@ -91,10 +91,6 @@ impl Wire {
         !self.blocked
     }
 
-    pub(super) fn is_blocked(&self) -> bool {
-        self.blocked
-    }
-
     /// Receives a few times, and hands every packet with its sender to `take`, in order.
     pub(super) fn receive(
         socket: &mut Option<Self>,

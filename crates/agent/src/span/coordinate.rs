@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use diorama_api::client::{ClientError, Notice};
+use diorama_api::{ClientError, Notice};
 use diorama_api::{
     ApiError, DownReport, DownRequest, EnvironmentState, EnvironmentStatus, ErrorKind, MachineState,
     ForkReport, ForkRequest, MachineStatus, NicStatus, RestoreReport,

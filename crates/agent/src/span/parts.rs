@@ -186,7 +186,7 @@ impl Agent {
             peers.push((ParticipantId(number), peer));
             spanned.push(SpannedPeer::new(ParticipantId(number), host.name.clone(), peer));
         }
-        self.sessions.add(span.id, Spanned { segment, me, peers: spanned, goes: false });
+        self.sessions.add(span.id, Spanned { segment, me, peers: spanned, part: worker.clone(), goes: false });
         Ok((peers, worker))
     }
 
@@ -304,11 +304,16 @@ impl MessageHandler for Messages {
             let answered = tokio::task::spawn_blocking(move || agent.answer(&peer, &kind, &body)).await;
             match answered {
                 Ok(Ok(answer)) => Ok(answer.into()),
-                Ok(Err(error)) => Err(Refusal { kind: error.kind.to_string(), message: error.message }),
+                Ok(Err(error)) => Err(Refusal { kind: word(error.kind), message: error.message }),
                 Err(_) => Err(Refusal { kind: "internal".to_owned(), message: "the agent ran into a defect".to_owned() }),
             }
         })
     }
+}
+
+/// An error's class, in the word that documents have for it.
+fn word(kind: ErrorKind) -> String {
+    serde_json::to_value(kind).ok().and_then(|word| word.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use diorama_api::{ApiError, Empty, ErrorKind};
 use diorama_cut::ParticipantId;
+use diorama_cut::participant::Input;
 use diorama_switch::PeerId;
 use diorama_switch::geneve::KeyId;
 use diorama_tunnel::{Cipher, Protection, ReceivingKey, SendingKey, Tunnel};
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::Agent;
 use crate::dataplane::{PeerStatus, SegmentId};
 use crate::operation::Operation;
+use crate::snapshot::PartWorker;
 
 /// How often sessions are looked after.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
@@ -44,6 +46,8 @@ pub(crate) struct Spanned {
     pub(crate) segment: SegmentId,
     pub(crate) me: ParticipantId,
     pub(crate) peers: Vec<SpannedPeer>,
+    /// Told of hosts that are lost.
+    pub(crate) part: PartWorker,
     /// It may run: all hosts stand ready.
     pub(crate) goes: bool,
 }
@@ -187,6 +191,11 @@ impl Agent {
 
     fn look_after_sessions(&self) {
         for (span, spanned) in self.sessions.all() {
+            let lost = |host: &str| self.cluster().is_some_and(|cluster| cluster.is_lost(host));
+            for peer in spanned.peers.iter().filter(|peer| lost(&peer.host)) {
+                // Of interest within a cut alone.
+                spanned.part.feed(Input::PeerLost { peer: peer.number });
+            }
             let status = self.peer_status(spanned.segment);
             std::thread::scope(|scope| {
                 for peer in &spanned.peers {

@@ -211,5 +211,5 @@ fn table(hosts: &[HostInfo], output: &Output) -> String {
             Cell::new(printable(&host.version)),
         ]);
     }
-    lines(&table)
+    lines(&table, "")
 }

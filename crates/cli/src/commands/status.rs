@@ -161,6 +161,7 @@ fn state(machine: &MachineStatus) -> Cell {
         MachineState::Shutdown => ("shut down", Color::Yellow),
         MachineState::Crashed => ("crashed", Color::Red),
         MachineState::Dead => ("dead", Color::Red),
+        MachineState::Lost => ("lost", Color::Red),
     };
     Cell::new(text).fg(colour)
 }
