@@ -179,6 +179,11 @@ impl Admission {
         Self { authority, directory, etcd }
     }
 
+    /// The directory that it writes.
+    pub fn directory(&self) -> &Directory {
+        &self.directory
+    }
+
     /// A token for `uses` hosts, good for some time; `addresses` are where this host listens.
     ///
     /// # Errors
@@ -397,17 +402,12 @@ async fn ask(
         .header(hyper::header::HOST, "cluster")
         .body(Full::new(Bytes::from(body)))
         .map_err(|error| error.to_string())?;
-    let answered = async {
-        let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), JOIN_REPLY_BYTES_MAX).collect().await;
-        Ok((status, body.map_err(|error| error.to_string())?.to_bytes()))
-    };
-    let (status, body) = tokio::select! {
-        biased;
-        answered = answered => answered,
-        ended = connection => Err(ended.err().map_or("it hung up".to_owned(), |error| error.to_string())),
-    }?;
+    // Ends with the sender, or when the other side closes.
+    tokio::spawn(connection);
+    let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
+    let status = response.status();
+    let body = Limited::new(response.into_body(), JOIN_REPLY_BYTES_MAX).collect().await;
+    let body = body.map_err(|error| error.to_string())?.to_bytes();
     let not_understood =
         |error: serde_json::Error| format!("its answer ({status}) is not understood: {error}");
     if status == StatusCode::OK {

@@ -156,7 +156,10 @@ async fn etcd_dies_and_comes_back() {
     one.fresh(LIMIT).await.unwrap();
     one.found(&member(1)).await.unwrap();
     one.put_snapshot(&snapshot("s"), None).await.unwrap();
-    shows(&two, "a host", |view| view.is_alive(host(1))).await;
+    for directory in [&one, &two] {
+        shows(directory, "host and snapshot", |view| view.is_alive(host(1)) && !view.snapshots.is_empty())
+            .await;
+    }
 
     etcd.kill();
     shows(&one, "stale", |view| !view.is_fresh()).await;

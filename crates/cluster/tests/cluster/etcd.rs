@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -78,6 +78,17 @@ impl Etcd {
     /// It answers nobody until [`Etcd::resume`].
     pub fn freeze(&self) {
         self.signal("STOP");
+        // The signal is sent; every thread has yet to take it.
+        let tasks = format!("/proc/{}/task", self.process.as_ref().expect("it runs").id());
+        let stopped = |task: std::io::Result<std::fs::DirEntry>| {
+            let stat = std::fs::read_to_string(task.unwrap().path().join("stat"));
+            stat.is_ok_and(|stat| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T')))
+        };
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !std::fs::read_dir(&tasks).unwrap().all(stopped) {
+            assert!(Instant::now() < deadline, "etcd does not stop");
+            std::thread::yield_now();
+        }
     }
 
     pub fn resume(&self) {
