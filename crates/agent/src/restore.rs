@@ -14,7 +14,7 @@ use diorama_api::{
 };
 use diorama_qemu::capability::{KvmState, kvm_usable};
 use diorama_store::{LayerFormat, MachineState, Stored, StoredFrame};
-use diorama_switch::{Epoch, PortId, Time};
+use diorama_switch::{Epoch, PeerId, PortId, Time};
 use diorama_topology::{Environment, EnvironmentName, MacAddress};
 
 use crate::Agent;
@@ -174,7 +174,7 @@ impl Agent {
             },
             operation,
         )?;
-        self.load_switch(&mut launched, stored, &specification, &frames)?;
+        self.load_switch(&mut launched, stored, &specification, part, &frames)?;
         let mut resting = resting(stored);
         resting.retain(|machine, _| specification.machine(machine).is_some());
         let machines = launched.processes.iter().zip(described).zip(&specification.machines).map(
@@ -388,9 +388,17 @@ impl Agent {
         launched: &mut Launched<'_>,
         stored: &Stored,
         specification: &Environment,
+        part: Option<&PartRequest>,
         frames: &[StoredFrame],
     ) -> Result<(), ApiError> {
         let running = launched.running();
+        // The host that has a machine which this one has not.
+        let peer = |machine: &str| -> Option<PeerId> {
+            let hosts = &part?.span.hosts;
+            let number = hosts.iter().position(|host| host.machines.iter().any(|known| known == machine))?;
+            let (_, peer) = running.peers.iter().find(|(known, _)| known.0 as usize == number)?;
+            Some(*peer)
+        };
         let port = |machine: &str, nic: u16| -> Result<PortId, ApiError> {
             running
                 .machines
@@ -405,6 +413,7 @@ impl Agent {
                 })
         };
         let mut learned = Vec::new();
+        let mut learned_at_peers = Vec::new();
         for network in &stored.manifest.networks {
             let Some(index) =
                 specification.networks.iter().position(|known| known.name.as_str() == network.name)
@@ -415,7 +424,12 @@ impl Agent {
                 let mac: MacAddress = entry.mac.parse().map_err(|error: diorama_topology::MacError| {
                     ApiError::new(ErrorKind::Corrupt, format!("the snapshot's address table: {error}"))
                 })?;
-                learned.push((running.networks[index], mac.bytes(), port(&entry.machine, entry.nic)?));
+                match peer(&entry.machine) {
+                    Some(peer) => learned_at_peers.push((running.networks[index], mac.bytes(), peer)),
+                    None => {
+                        learned.push((running.networks[index], mac.bytes(), port(&entry.machine, entry.nic)?));
+                    }
+                }
             }
         }
         let mut replays = Vec::new();
@@ -428,6 +442,11 @@ impl Agent {
             let Some(segment) = plane.segment(segment) else { return };
             for (network, mac, port) in learned {
                 if let Err(error) = segment.switch_mut().learn(network, mac, port, Time(0)) {
+                    tracing::debug!(%error, "an address is learned anew");
+                }
+            }
+            for (network, mac, peer) in learned_at_peers {
+                if let Err(error) = segment.switch_mut().learn_at_peer(network, mac, peer, Time(0)) {
                     tracing::debug!(%error, "an address is learned anew");
                 }
             }

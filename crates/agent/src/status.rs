@@ -146,7 +146,8 @@ impl Agent {
                     NetworkStatus {
                         name: network.name.to_string(),
                         mtu: network.mtu,
-                        owed_frames: counters.owed,
+                        // What goes to another host is owed there.
+                        owed_frames: counters.owed.saturating_sub(counters.passed_on),
                         delivered_frames: counters.delivered,
                         queued_frames: counters.queued,
                         dropped: reasons(&counters.dropped, &[("invalid", counters.invalid_frames)]),
