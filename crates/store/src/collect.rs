@@ -138,6 +138,7 @@ impl Store {
             return Ok(collected);
         }
         let spared = self.needed_since(&planned.traced)?;
+        let _nobody_reads = self.release_packs();
         let lengths: BTreeMap<PackId, u64> =
             self.index().packs().map(|(pack, _)| (pack.id, pack.table.pack_bytes())).collect();
         let mut freed = 0;

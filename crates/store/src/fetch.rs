@@ -74,7 +74,10 @@ impl Store {
     ) -> Result<Vec<u8>, StoreError> {
         let found = self.find(address)?;
         let bytes = match self.chunk_at(&found, address, cache) {
-            Err(error) if error.is_damage() => self.from_elsewhere(&found, address, cache).ok_or(error)?,
+            Err(error) if error.is_damage() => {
+                self.refresh_if_gone(&error)?;
+                self.from_elsewhere(&found, address, cache).ok_or(error)?
+            }
             read => read?,
         };
         if bytes.len() != children * Address::BYTES {
@@ -109,6 +112,7 @@ impl Store {
         sink: Sink<'_>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Vec<Loss>, StoreError> {
+        let _held = self.hold_packs();
         let mut trace = Trace {
             store: self,
             part,
@@ -188,6 +192,14 @@ impl Store {
         }
         let problem = crate::pack::PackError::Chunk { chunk: found.chunk, address: *address };
         Err(StoreError::corrupt(&self.backend().locate(&pack_key(&found.pack.id)), Damage::Pack(problem)))
+    }
+
+    /// Another process may have repacked what it removed.
+    fn refresh_if_gone(&self, error: &StoreError) -> Result<(), StoreError> {
+        if matches!(error, StoreError::Corrupt { damage: Damage::Missing, .. }) {
+            self.refresh()?;
+        }
+        Ok(())
     }
 
     /// The same chunk in another pack, if one has it undamaged.
@@ -369,7 +381,10 @@ impl Worker<'_> {
             };
             match opened {
                 Ok(()) => self.group(run, *group, wants, &raw)?,
-                Err(error) if error.is_damage() => self.each_elsewhere(run, *group, wants, &error)?,
+                Err(error) if error.is_damage() => {
+                    self.store.refresh_if_gone(&error)?;
+                    self.each_elsewhere(run, *group, wants, &error)?;
+                }
                 Err(error) => return Err(error),
             }
             done += wants.iter().map(|want| self.part.shape.leaf_length(want.leaf.into())).sum::<u64>();
