@@ -15,7 +15,8 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use diorama_api::{
     ApiError, CreateSnapshotRequest, DownRequest, ErrorBody, ErrorKind, Event, ExecRequest, ForkRequest,
-    MachinesRequest, PruneRequest, RestoreRequest, StopAgentRequest, StoreCheckRequest, StoreGcRequest, UpRequest,
+    MachinesRequest, PruneRequest, RestoreRequest, StopAgentRequest, StoreCheckRequest, StoreGcRequest,
+    UpRequest,
 };
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncSeekExt};

@@ -304,9 +304,7 @@ impl Trace<'_> {
             let threads: Vec<_> = (0..workers)
                 .map(|_| {
                     let (sender, work) = (sender.clone(), &work);
-                    scope.spawn(move || {
-                        work(&mut |bytes| sender.send(bytes).expect("the receiver waits"))
-                    })
+                    scope.spawn(move || work(&mut |bytes| sender.send(bytes).expect("the receiver waits")))
                 })
                 .collect();
             drop(sender);

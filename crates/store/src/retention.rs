@@ -160,7 +160,7 @@ mod tests {
     fn the_order_does_not_matter_and_what_has_no_time_is_kept() {
         let mut times = TIMES;
         times.reverse();
-        assert_eq!(kept(Policy { monthly: 3, ..Policy::default() }, &times), [0, 2, 7]);
+        assert_eq!(kept(Policy { monthly: 3, ..Policy::default() }, &times), [1, 2, 7]);
         assert_eq!(kept(Policy { last: 1, ..Policy::default() }, &["soon", TIMES[0]]), [0, 1]);
     }
 }

@@ -9,8 +9,9 @@ use diorama_cut::report::NetworkFrames;
 use diorama_cut::{Drops, Frames, MachineReport};
 use diorama_qemu::process::{Policy, set_thread_policy};
 use diorama_store::{
-    Accounting, BaseRecord, Capture as StoredCapture, CutRecord, DiskRecord, Dropped, FORMAT, FileRecord, Hardware,
-    LayerFormat, LearnedRecord, MachineRecord, Manifest, NetworkRecord, Piece, Receipt, StoredFrame, Writer,
+    Accounting, BaseRecord, Capture as StoredCapture, CutRecord, DiskRecord, Dropped, FORMAT, FileRecord,
+    Hardware, LayerFormat, LearnedRecord, MachineRecord, Manifest, NetworkRecord, Piece, Receipt,
+    StoredFrame, Writer,
 };
 use diorama_switch::PortId;
 

@@ -186,7 +186,9 @@ fn damaged_snapshots_are_refused_and_nothing_else_is_touched() {
                 let refusal = refusal(&left);
                 assert_eq!(refusal.kind, "corrupt", "{command:?} with {what}: {refusal:?}");
             }
-            for command in [&["snapshot", "verify", &id, "--json"][..], &["store", "check", "--read-data", "--json"]] {
+            for command in
+                [&["snapshot", "verify", &id, "--json"][..], &["store", "check", "--read-data", "--json"]]
+            {
                 let checked = lab.run(command);
                 assert_eq!(checked.status, Some(1), "{command:?} with {what}: {checked:?}");
                 let name = object.file_name().unwrap().to_str().unwrap();

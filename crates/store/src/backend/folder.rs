@@ -110,14 +110,18 @@ impl Folder {
     }
 
     /// The sessions whose lock is free, with their locks; and how many are not.
-    fn abandoned(&self, failed: &mut Vec<StoreError>) -> Result<(Vec<(PathBuf, Option<File>)>, usize), StoreError> {
+    fn abandoned(
+        &self,
+        failed: &mut Vec<StoreError>,
+    ) -> Result<(Vec<(PathBuf, Option<File>)>, usize), StoreError> {
         let incoming = self.incoming()?;
         let _guard = self.lock()?;
         let (mut abandoned, mut alive) = (Vec::new(), 0);
         for entry in files::list(&incoming)? {
             let folder = entry.path();
             let path = folder.join(LOCK_FILE);
-            match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path) {
+            match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path)
+            {
                 Ok(lock) => match lock.try_lock() {
                     Ok(()) => abandoned.push((folder, Some(lock))),
                     Err(TryLockError::WouldBlock) => alive += 1,

@@ -3,8 +3,8 @@
 mod collection;
 mod crash;
 mod damage;
-mod faulty;
 mod faults;
+mod faulty;
 mod full_disk;
 mod model;
 mod names;

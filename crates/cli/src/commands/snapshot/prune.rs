@@ -157,8 +157,7 @@ mod tests {
 
     #[test]
     fn times() {
-        for (text, expected) in
-            [("36h", 129_600), ("30d", 2_592_000), ("2w", 1_209_600), ("1d12h", 129_600)]
+        for (text, expected) in [("36h", 129_600), ("30d", 2_592_000), ("2w", 1_209_600), ("1d12h", 129_600)]
         {
             assert_eq!(seconds(text), Ok(expected), "{text}");
         }

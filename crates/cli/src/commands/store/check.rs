@@ -44,8 +44,9 @@ pub async fn run(arguments: Arguments, session: &Session<'_>) -> Result<u8, Fail
     drop(progress);
     let wrong = (!report.ok).then(|| {
         let number = count(report.problems.len() as u64, "problem");
-        ApiError::new(ErrorKind::Corrupt, format!("the store has {number}"))
-            .hint("snapshots that are not named are whole; `diorama snapshot rm` removes one that cannot be mended")
+        ApiError::new(ErrorKind::Corrupt, format!("the store has {number}")).hint(
+            "snapshots that are not named are whole; `diorama snapshot rm` removes one that cannot be mended",
+        )
     });
     session.output().verdict(&report, wrong, || text(&report, session.output()))
 }
