@@ -86,8 +86,10 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
         let folder = files.join(id.to_string());
         fs::create_dir_all(&folder).map_err(Failure::io("cannot make a folder for memory"))?;
         for machine in &manifest.machines {
-            let file = File::create(folder.join(&machine.name)).map_err(Failure::io("cannot write memory"))?;
-            let loaded = source.load(id).and_then(|s| source.copy_ram(&s, &machine.name, &file, &mut |_, _| {}));
+            let file =
+                File::create(folder.join(&machine.name)).map_err(Failure::io("cannot write memory"))?;
+            let loaded =
+                source.load(id).and_then(|s| source.copy_ram(&s, &machine.name, &file, &mut |_, _| {}));
             loaded.map_err(|e| stored(&e))?;
         }
         snapshots.push((manifest, folder));
@@ -201,7 +203,9 @@ fn borg(home: &Path, folders: &[&Path]) -> Result<Option<Total>, Failure> {
     let repository = home.join("borg");
     let borg = || {
         let mut command = Command::new("borg");
-        command.env("BORG_BASE_DIR", home.join("borg-base")).env("BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK", "yes");
+        command
+            .env("BORG_BASE_DIR", home.join("borg-base"))
+            .env("BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK", "yes");
         command
     };
     let mut init = borg();

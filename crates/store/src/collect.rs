@@ -277,7 +277,7 @@ fn plan(index: &Index, needed: &ChunkSet, snapshots: usize, options: CollectOpti
         let (chunks, stored) = uses(needed, pack);
         // What frames the groups counts as they do.
         let groups: u64 = pack.table.groups.iter().map(|group| u64::from(group.stored_bytes)).sum();
-        let used = if groups == 0 { 0 } else { length * stored / groups };
+        let used = (length * stored).checked_div(groups).unwrap_or(0);
         plan.needed_chunks += chunks;
         plan.needed_bytes += used;
         plan.unused_bytes += length - used;

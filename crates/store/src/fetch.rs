@@ -30,9 +30,12 @@ const WORKERS_MAX: usize = 8;
 #[derive(Debug, Default)]
 pub(crate) struct NodeCache {
     /// Latest last.
-    groups: Vec<((ChunkNumber, usize), Arc<Vec<u8>>)>,
+    groups: Vec<CachedGroup>,
     opener: Opener,
 }
+
+/// A group by its pack's first chunk and its number, and its raw bytes.
+type CachedGroup = ((ChunkNumber, usize), Arc<Vec<u8>>);
 
 /// A place in a part that cannot be had.
 #[derive(Debug)]
@@ -76,7 +79,7 @@ impl Store {
         let bytes = match self.chunk_at(&found, address, cache) {
             Err(error) if error.is_damage() => {
                 self.refresh_if_gone(&error)?;
-                self.from_elsewhere(&found, address, cache).ok_or(error)?
+                self.find_elsewhere(&found, address, cache).ok_or(error)?
             }
             read => read?,
         };
@@ -203,7 +206,7 @@ impl Store {
     }
 
     /// The same chunk in another pack, if one has it undamaged.
-    fn from_elsewhere(&self, not: &Found, address: &Address, cache: &mut NodeCache) -> Option<Vec<u8>> {
+    fn find_elsewhere(&self, not: &Found, address: &Address, cache: &mut NodeCache) -> Option<Vec<u8>> {
         let others = self.index().others(address, &not.pack.id);
         others.iter().find_map(|found| self.chunk_at(found, address, cache).ok())
     }
@@ -465,7 +468,7 @@ impl Worker<'_> {
         let address = run.pack.table.addresses[chunk];
         let leaf = u64::from(want.leaf);
         let offset = self.part.shape.offset(leaf);
-        match self.store.from_elsewhere(&found, &address, &mut NodeCache::default()) {
+        match self.store.find_elsewhere(&found, &address, &mut NodeCache::default()) {
             Some(bytes) if bytes.len() as u64 == self.part.shape.leaf_length(leaf) => {
                 (self.sink)(offset, &bytes)
             }
