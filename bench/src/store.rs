@@ -112,8 +112,10 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
     totals.extend(restic(lab.home(), &folders)?);
     totals.extend(borg(lab.home(), &folders)?);
     let index = Store::open(&target).and_then(|store| store.stats()).map_err(|e| stored(&e))?;
+    let many = if common.quick { 1_000 } else { 10_000 };
+    let list_ms = list(&snapshots[0].0, many).map_err(|e| stored(&e))?;
     let json = serde_json::json!({
-        "memory_mib": common.memory, "snapshots": rows, "totals": totals,
+        "listed": many, "list_ms": list_ms, "memory_mib": common.memory, "snapshots": rows, "totals": totals,
         "index_bytes_a_chunk": index.index_bytes as f64 / index.chunks.max(1) as f64,
     });
     let mut text = text(common.memory, interval, &rows, &totals);
@@ -122,6 +124,7 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
         index.index_bytes as f64 / index.chunks.max(1) as f64,
         index.chunks
     ));
+    text.push_str(&format!("A new process lists {many} snapshots in {list_ms:.0} ms.\n"));
     Ok(Outcome { name: "store", json, text, violations: Vec::new() })
 }
 
@@ -157,6 +160,30 @@ fn one(target: &Path, manifest: &Manifest, folder: &Path) -> Result<Row, StoreEr
     }
     row.restore_ms = started.elapsed().as_secs_f64() * 1e3;
     Ok(row)
+}
+
+/// How long a process that has just opened a store of so many snapshots takes to list them.
+fn list(template: &Manifest, count: usize) -> Result<f64, StoreError> {
+    say(format!("store: listing {count} snapshots"));
+    let folder = tempfile::Builder::new().prefix("dio-bench-").tempdir_in("/dev/shm").map_err(|source| {
+        StoreError::Io { action: "create a folder in", path: PathBuf::from("/dev/shm"), source }
+    })?;
+    let store = Store::open(folder.path())?;
+    for number in 0..count {
+        let writer = store.begin()?;
+        let mut manifest = template.clone();
+        manifest.name = format!("s{number}");
+        manifest.machines.clear();
+        manifest.frames = writer.put_frames(&[])?;
+        manifest.bytes = writer.seal()?;
+        writer.commit(manifest)?;
+    }
+    // The first list of all leaves the cache behind.
+    store.list()?;
+    let store = Store::open(folder.path())?;
+    let started = Instant::now();
+    assert_eq!(store.list()?.len(), count);
+    Ok(started.elapsed().as_secs_f64() * 1e3)
 }
 
 /// What zstd makes of every different page, in one piece.

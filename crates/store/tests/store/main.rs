@@ -6,6 +6,7 @@ mod damage;
 mod faults;
 mod faulty;
 mod full_disk;
+mod kept;
 mod model;
 mod names;
 mod round_trip;
