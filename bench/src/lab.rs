@@ -82,6 +82,11 @@ impl Lab {
         })
     }
 
+    /// The folder with all durable state.
+    pub(crate) fn home(&self) -> &Path {
+        self.home.path()
+    }
+
     /// The runtime folder.
     pub(crate) fn runtime(&self) -> &Path {
         self.runtime.path()

@@ -5,7 +5,7 @@
 //! | [`lab`] | private folders, the real `diorama` binary, and what is left behind: nothing |
 //! | [`load`] | four machines, and the traffic in them |
 //! | [`figures`] | medians, maxima, tables |
-//! | [`snapshot`], [`consistency`], [`restore`], [`switch`], [`protect`] | one benchmark each |
+//! | [`snapshot`], [`consistency`], [`restore`], [`store`], [`switch`], [`protect`] | one benchmark each |
 //!
 //! Standard output carries tables, or with `--json` one JSON document; what is being done goes to standard error.
 //! Exit status: 0 measured (figures are not judged), 1 failed, or the consistency that snapshots promise is broken.
@@ -18,6 +18,7 @@ mod load;
 mod protect;
 mod restore;
 mod snapshot;
+mod store;
 mod switch;
 
 use std::path::PathBuf;
@@ -60,6 +61,8 @@ enum Benchmark {
     Consistency(consistency::Arguments),
     /// From the command to running machines: restore and fork, and what an idle fork takes
     Restore(restore::Arguments),
+    /// What snapshots take in the store, and how fast they go in and come out
+    Store(store::Arguments),
     /// Frames a second through two ports, against vde_switch and a Linux bridge (as root)
     Switch(switch::Arguments),
     /// Write protection of memory in small and in huge pages (as root)
@@ -99,6 +102,7 @@ fn run(arguments: Arguments) -> Result<Vec<String>, Failure> {
         Benchmark::Snapshot(arguments) => vec![snapshot::run(&arguments, common)?],
         Benchmark::Consistency(arguments) => vec![consistency::run(&arguments, common)?],
         Benchmark::Restore(arguments) => vec![restore::run(&arguments, common)?],
+        Benchmark::Store(arguments) => vec![store::run(&arguments, common)?],
         Benchmark::Switch(arguments) => vec![switch::run(&arguments, common)?],
         Benchmark::Protect(arguments) => vec![protect::run(&arguments)?],
         Benchmark::All(_) => vec![

@@ -62,7 +62,9 @@ impl FileCache {
         if path.is_file() {
             match store.is_intact(&path, bytes, root) {
                 Ok(true) => return Ok(path),
-                Ok(false) => tracing::warn!(file = %path.display(), "a cached file has changed; it is loaded again"),
+                Ok(false) => {
+                    tracing::warn!(file = %path.display(), "a cached file has changed; it is loaded again")
+                }
                 Err(error) => tracing::warn!(%error, "a cached file cannot be read; it is loaded again"),
             }
             remove(&path);

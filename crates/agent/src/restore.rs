@@ -343,11 +343,7 @@ impl Agent {
     }
 
     /// Kernel and initrd, linked into the environment's folder: a reboot needs them, and so does the next snapshot.
-    fn stored_boot(
-        &self,
-        slot: &Slot,
-        saved: &diorama_store::MachineRecord,
-    ) -> Result<BootRecord, ApiError> {
+    fn stored_boot(&self, slot: &Slot, saved: &diorama_store::MachineRecord) -> Result<BootRecord, ApiError> {
         let Some(kernel) = &saved.kernel else { return Ok(BootRecord::Disk) };
         let folder = slot.folder(&self.folders).join("boot");
         std::fs::create_dir_all(&folder).map_err(|error| io_error(&folder, &error))?;

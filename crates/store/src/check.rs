@@ -98,7 +98,9 @@ impl Store {
                 Ok(manifest) => manifests.push((id, manifest)),
                 Err(StoreError::Missing { .. }) => {}
                 Err(StoreError::Corrupt { file, damage }) => {
-                    report.problems.push(CheckProblem { object: file, kind: CheckProblemKind::Damaged(damage) });
+                    report
+                        .problems
+                        .push(CheckProblem { object: file, kind: CheckProblemKind::Damaged(damage) });
                 }
                 // Another version's may be whole; this one cannot tell.
                 Err(StoreError::UnsupportedSnapshot { .. }) => {}
@@ -213,7 +215,8 @@ impl Store {
         let mut first = None;
         let mut places = 0;
         for part in manifest.parts() {
-            let mut search = Search { store: self, nodes: NodeCache::default(), lost, first: None, places: 0 };
+            let mut search =
+                Search { store: self, nodes: NodeCache::default(), lost, first: None, places: 0 };
             tree::walk(&part.shape, &part.root, &mut search)?;
             places += search.places;
             if let Some(leaf) = search.first {
@@ -242,11 +245,8 @@ impl Store {
             return Ok(());
         }
         let key = name_key(environment, name);
-        let kind = CheckProblemKind::Nameless {
-            id: *id,
-            environment: environment.clone(),
-            name: name.clone(),
-        };
+        let kind =
+            CheckProblemKind::Nameless { id: *id, environment: environment.clone(), name: name.clone() };
         let problem = CheckProblem { object: self.backend().locate(&key), kind };
         // One that leads to another snapshot is not taken away from that.
         if options.repair && holder.is_none() {

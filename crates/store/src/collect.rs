@@ -111,11 +111,7 @@ impl Store {
     }
 
     /// Gives back the space of what no snapshot needs. `progress` counts snapshots traced, then bytes repacked.
-    pub fn collect(
-        &self,
-        options: CollectOptions,
-        progress: Progress<'_>,
-    ) -> Result<Collected, StoreError> {
+    pub fn collect(&self, options: CollectOptions, progress: Progress<'_>) -> Result<Collected, StoreError> {
         self.recover()?;
         let target = Target::new(self.clone(), self.backend().begin()?);
         let mut planned = self.planned(options, progress)?;
@@ -138,6 +134,7 @@ impl Store {
             return Ok(collected);
         }
         let spared = self.needed_since(&planned.traced)?;
+        let _nobody_reads = self.release_packs();
         let lengths: BTreeMap<PackId, u64> =
             self.index().packs().map(|(pack, _)| (pack.id, pack.table.pack_bytes())).collect();
         let mut freed = 0;
@@ -246,19 +243,19 @@ impl Store {
     }
 }
 
-/// How many chunks of a pack are needed, and what share of its chunks' bytes.
-fn uses(needed: &ChunkSet, pack: &Pack) -> (u64, f64) {
+/// How many chunks of a pack are needed, and about how many stored bytes those take: of each group, the same share as
+/// of its raw bytes.
+fn uses(needed: &ChunkSet, pack: &Pack) -> (u64, u64) {
     let table = &pack.table;
-    let (mut chunks, mut bytes, mut all) = (0, 0, 0);
-    for chunk in 0..table.len() {
-        let length = table.chunk_bytes(chunk) as u64;
-        all += length;
-        if needed.contains(pack.first + chunk as u32) {
-            chunks += 1;
-            bytes += length;
-        }
+    let (mut chunks, mut stored) = (0, 0);
+    for group in &table.groups {
+        let needed = group.chunk_range().filter(|chunk| needed.contains(pack.first + *chunk as u32));
+        let (count, raw) =
+            needed.fold((0, 0), |(count, raw), chunk| (count + 1, raw + table.chunk_bytes(chunk)));
+        chunks += count;
+        stored += u64::from(group.stored_bytes) * raw as u64 / u64::from(group.raw_bytes);
     }
-    (chunks, if all == 0 { 0.0 } else { bytes as f64 / all as f64 })
+    (chunks, stored)
 }
 
 fn plan(index: &Index, needed: &ChunkSet, snapshots: usize, options: CollectOptions) -> CollectPlan {
@@ -273,19 +270,21 @@ fn plan(index: &Index, needed: &ChunkSet, snapshots: usize, options: CollectOpti
         remove_bytes: 0,
         repack_bytes: 0,
     };
-    let share_min = 1.0 - f64::from(options.unused_percent_max.min(100)) / 100.0;
+    let percent_max = u64::from(options.unused_percent_max.min(100));
     let mut small = Vec::new();
     for (pack, doomed) in index.packs() {
         let length = pack.table.pack_bytes();
-        let (chunks, share) = uses(needed, pack);
-        let used = (length as f64 * share) as u64;
+        let (chunks, stored) = uses(needed, pack);
+        // What frames the groups counts as they do.
+        let groups: u64 = pack.table.groups.iter().map(|group| u64::from(group.stored_bytes)).sum();
+        let used = (length * stored).checked_div(groups).unwrap_or(0);
         plan.needed_chunks += chunks;
         plan.needed_bytes += used;
-        plan.unused_bytes += length - used.min(length);
+        plan.unused_bytes += length - used;
         if chunks == 0 {
             plan.remove.push(pack.id);
             plan.remove_bytes += length;
-        } else if share < share_min {
+        } else if (length - used) * 100 > length * percent_max {
             plan.repack.push(pack.id);
             plan.remove_bytes += length;
             plan.repack_bytes += used;
@@ -317,12 +316,7 @@ pub(crate) struct Needed<'a> {
 
 impl<'a> Needed<'a> {
     pub(crate) fn new(store: &'a Store) -> Self {
-        Self {
-            store,
-            nodes: NodeCache::default(),
-            chunks: ChunkSet::default(),
-            followed: Vec::new(),
-        }
+        Self { store, nodes: NodeCache::default(), chunks: ChunkSet::default(), followed: Vec::new() }
     }
 
     /// Adds what one snapshot needs. One that was removed meanwhile needs nothing.

@@ -30,9 +30,12 @@ const WORKERS_MAX: usize = 8;
 #[derive(Debug, Default)]
 pub(crate) struct NodeCache {
     /// Latest last.
-    groups: Vec<((ChunkNumber, usize), Arc<Vec<u8>>)>,
+    groups: Vec<CachedGroup>,
     opener: Opener,
 }
+
+/// A group by its pack's first chunk and its number, and its raw bytes.
+type CachedGroup = ((ChunkNumber, usize), Arc<Vec<u8>>);
 
 /// A place in a part that cannot be had.
 #[derive(Debug)]
@@ -74,7 +77,10 @@ impl Store {
     ) -> Result<Vec<u8>, StoreError> {
         let found = self.find(address)?;
         let bytes = match self.chunk_at(&found, address, cache) {
-            Err(error) if error.is_damage() => self.from_elsewhere(&found, address, cache).ok_or(error)?,
+            Err(error) if error.is_damage() => {
+                self.refresh_if_gone(&error)?;
+                self.find_elsewhere(&found, address, cache).ok_or(error)?
+            }
             read => read?,
         };
         if bytes.len() != children * Address::BYTES {
@@ -109,6 +115,7 @@ impl Store {
         sink: Sink<'_>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Vec<Loss>, StoreError> {
+        let _held = self.hold_packs();
         let mut trace = Trace {
             store: self,
             part,
@@ -190,8 +197,16 @@ impl Store {
         Err(StoreError::corrupt(&self.backend().locate(&pack_key(&found.pack.id)), Damage::Pack(problem)))
     }
 
+    /// Another process may have repacked what it removed.
+    fn refresh_if_gone(&self, error: &StoreError) -> Result<(), StoreError> {
+        if matches!(error, StoreError::Corrupt { damage: Damage::Missing, .. }) {
+            self.refresh()?;
+        }
+        Ok(())
+    }
+
     /// The same chunk in another pack, if one has it undamaged.
-    fn from_elsewhere(&self, not: &Found, address: &Address, cache: &mut NodeCache) -> Option<Vec<u8>> {
+    fn find_elsewhere(&self, not: &Found, address: &Address, cache: &mut NodeCache) -> Option<Vec<u8>> {
         let others = self.index().others(address, &not.pack.id);
         others.iter().find_map(|found| self.chunk_at(found, address, cache).ok())
     }
@@ -292,9 +307,7 @@ impl Trace<'_> {
             let threads: Vec<_> = (0..workers)
                 .map(|_| {
                     let (sender, work) = (sender.clone(), &work);
-                    scope.spawn(move || {
-                        work(&mut |bytes| sender.send(bytes).expect("the receiver waits"))
-                    })
+                    scope.spawn(move || work(&mut |bytes| sender.send(bytes).expect("the receiver waits")))
                 })
                 .collect();
             drop(sender);
@@ -369,7 +382,10 @@ impl Worker<'_> {
             };
             match opened {
                 Ok(()) => self.group(run, *group, wants, &raw)?,
-                Err(error) if error.is_damage() => self.each_elsewhere(run, *group, wants, &error)?,
+                Err(error) if error.is_damage() => {
+                    self.store.refresh_if_gone(&error)?;
+                    self.each_elsewhere(run, *group, wants, &error)?;
+                }
                 Err(error) => return Err(error),
             }
             done += wants.iter().map(|want| self.part.shape.leaf_length(want.leaf.into())).sum::<u64>();
@@ -452,7 +468,7 @@ impl Worker<'_> {
         let address = run.pack.table.addresses[chunk];
         let leaf = u64::from(want.leaf);
         let offset = self.part.shape.offset(leaf);
-        match self.store.from_elsewhere(&found, &address, &mut NodeCache::default()) {
+        match self.store.find_elsewhere(&found, &address, &mut NodeCache::default()) {
             Some(bytes) if bytes.len() as u64 == self.part.shape.leaf_length(leaf) => {
                 (self.sink)(offset, &bytes)
             }

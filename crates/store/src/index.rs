@@ -59,13 +59,7 @@ pub(crate) struct Found {
 
 impl Index {
     pub(crate) fn new(seed: u64) -> Self {
-        Self {
-            slots: Vec::new(),
-            by_id: HashMap::new(),
-            numbers: HashTable::new(),
-            next: 0,
-            seed: seed | 1,
-        }
+        Self { slots: Vec::new(), by_id: HashMap::new(), numbers: HashTable::new(), next: 0, seed: seed | 1 }
     }
 
     /// Takes in a pack; one that it has already is left as it is.
@@ -289,10 +283,7 @@ mod tests {
                 found.pack.id
             })
         };
-        assert_eq!(
-            [0, 450, 899, 900].map(|chunk| pack_of(&index, chunk)),
-            [Some(a), Some(a), Some(b), None]
-        );
+        assert_eq!([0, 450, 899, 900].map(|chunk| pack_of(&index, chunk)), [Some(a), Some(a), Some(b), None]);
         let both = BTreeSet::from([a, b]);
         index.settle(&both, &BTreeSet::from([a]));
         assert_eq!([0, 450, 899].map(|chunk| pack_of(&index, chunk)), [Some(a), Some(b), Some(b)]);

@@ -178,11 +178,7 @@ pub(crate) struct Chunks<'a> {
 
 impl<'a> Chunks<'a> {
     pub(crate) fn new(target: &'a Target) -> Self {
-        Self {
-            target,
-            data: GroupBuilder::new(PackKind::Data),
-            tree: GroupBuilder::new(PackKind::Tree),
-        }
+        Self { target, data: GroupBuilder::new(PackKind::Data), tree: GroupBuilder::new(PackKind::Tree) }
     }
 
     pub(crate) fn push(&mut self, kind: PackKind, address: Address, chunk: &[u8]) -> Result<(), StoreError> {

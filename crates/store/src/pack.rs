@@ -471,8 +471,7 @@ impl Table {
     /// How long the whole pack is.
     pub fn pack_bytes(&self) -> u64 {
         let groups: u64 = self.groups.iter().map(|group| u64::from(group.stored_bytes)).sum();
-        let table =
-            TABLE_HEAD_BYTES + self.groups.len() * TABLE_GROUP_BYTES + self.len() * TABLE_CHUNK_BYTES;
+        let table = TABLE_HEAD_BYTES + self.groups.len() * TABLE_GROUP_BYTES + self.len() * TABLE_CHUNK_BYTES;
         groups + (MAGIC.len() + table + FOOTER_BYTES) as u64
     }
 

@@ -65,7 +65,9 @@ fn what_is_packed_is_read() {
     for kind in [PackKind::Data, PackKind::Tree] {
         let chunks: Vec<Vec<u8>> = match kind {
             PackKind::Data => sample(),
-            PackKind::Tree => (0..3000_u32).map(|n| Address::of(&n.to_le_bytes()).as_bytes().repeat(3)).collect(),
+            PackKind::Tree => {
+                (0..3000_u32).map(|n| Address::of(&n.to_le_bytes()).as_bytes().repeat(3)).collect()
+            }
         };
         let (id, bytes, table) = build(kind, &chunks);
         assert!(table.groups.len() > 1);

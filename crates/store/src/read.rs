@@ -123,8 +123,7 @@ impl Store {
         let key = manifest_key(id);
         let path = self.backend().locate(&key);
         let corrupt = |damage| StoreError::corrupt(&path, damage);
-        let bytes =
-            self.backend().read(&key, MAX_MANIFEST_BYTES)?.ok_or(StoreError::Missing { id: *id })?;
+        let bytes = self.backend().read(&key, MAX_MANIFEST_BYTES)?.ok_or(StoreError::Missing { id: *id })?;
         if SnapshotId::of_manifest(&bytes) != *id {
             return Err(corrupt(Damage::Contents { offset: None }));
         }

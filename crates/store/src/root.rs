@@ -37,6 +37,8 @@ struct Inner {
     index: RwLock<Index>,
     known: KnownRoots,
     summaries: Mutex<Summaries>,
+    /// Read while a part is fetched; written while packs are removed.
+    fetching: RwLock<()>,
 }
 
 /// A pack that the index could not take in.
@@ -63,6 +65,7 @@ impl Store {
                 index: RwLock::new(Index::new(seed)),
                 known: KnownRoots::default(),
                 summaries: Mutex::default(),
+                fetching: RwLock::default(),
             }),
         };
         for error in &store.recover()?.failed {
@@ -103,6 +106,16 @@ impl Store {
 
     pub(crate) fn summaries(&self) -> &Mutex<Summaries> {
         &self.inner.summaries
+    }
+
+    /// While this is held, this process removes no packs.
+    pub(crate) fn hold_packs(&self) -> RwLockReadGuard<'_, ()> {
+        self.inner.fetching.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until nobody in this process holds packs.
+    pub(crate) fn release_packs(&self) -> RwLockWriteGuard<'_, ()> {
+        self.inner.fetching.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn index(&self) -> RwLockReadGuard<'_, Index> {

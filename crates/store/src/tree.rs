@@ -87,6 +87,9 @@ impl Shape {
     }
 }
 
+/// Takes a node that is complete: its address and its bytes.
+pub type Emit<'a, E> = &'a mut dyn FnMut(Address, &[u8]) -> Result<(), E>;
+
 /// Grows a tree from its leaves' addresses, in order.
 #[derive(Debug)]
 pub struct Builder {
@@ -102,16 +105,12 @@ impl Builder {
     }
 
     /// The next leaf. `emit` gets each node that is complete now and is not all zeros, children before parents.
-    pub fn leaf<E>(
-        &mut self,
-        address: Address,
-        emit: &mut dyn FnMut(Address, &[u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
+    pub fn leaf<E>(&mut self, address: Address, emit: Emit<'_, E>) -> Result<(), E> {
         self.add(0, address, emit)
     }
 
     /// After the last leaf: the root.
-    pub fn finish<E>(mut self, emit: &mut dyn FnMut(Address, &[u8]) -> Result<(), E>) -> Result<Address, E> {
+    pub fn finish<E>(mut self, emit: Emit<'_, E>) -> Result<Address, E> {
         for level in 0..self.open.len() {
             if !self.open[level].is_empty() {
                 self.close(level, emit)?;
@@ -120,12 +119,7 @@ impl Builder {
         Ok(self.root)
     }
 
-    fn add<E>(
-        &mut self,
-        level: usize,
-        address: Address,
-        emit: &mut dyn FnMut(Address, &[u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
+    fn add<E>(&mut self, level: usize, address: Address, emit: Emit<'_, E>) -> Result<(), E> {
         let Some(open) = self.open.get_mut(level) else {
             self.root = address;
             return Ok(());
@@ -137,11 +131,7 @@ impl Builder {
         Ok(())
     }
 
-    fn close<E>(
-        &mut self,
-        level: usize,
-        emit: &mut dyn FnMut(Address, &[u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
+    fn close<E>(&mut self, level: usize, emit: Emit<'_, E>) -> Result<(), E> {
         let mut node = [0; NODE_BYTES_MAX];
         let open = &mut self.open[level];
         for (part, child) in node.chunks_exact_mut(Address::BYTES).zip(open.iter()) {

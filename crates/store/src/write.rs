@@ -171,9 +171,13 @@ impl Writer {
             Ok(true) => {}
             Ok(false) => return Err(StoreError::AlreadyStored { id }),
             Err(error) => {
-                // The name leads nowhere without the manifest, so that leaving it does little harm.
-                if let Err(undo) = self.store.backend().remove(&name_key, Some(id.to_string().as_bytes())) {
-                    tracing::warn!(%id, error = %undo, "cannot give a snapshot's name back");
+                // It may be there all the same, perhaps not durable: whoever is told of an error has no snapshot.
+                let backend = self.store.backend();
+                let undone = backend
+                    .remove(&manifest_key(&id), None)
+                    .and_then(|_| backend.remove(&name_key, Some(id.to_string().as_bytes())));
+                if let Err(undo) = undone {
+                    tracing::error!(%id, error = %undo, "cannot take back a snapshot");
                 }
                 return Err(error);
             }

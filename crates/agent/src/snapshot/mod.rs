@@ -41,7 +41,7 @@ use diorama_switch::{NetworkId, PeerId};
 
 use crate::Agent;
 use crate::capture::Capture;
-use crate::dataplane::{CutJob, CutOutcome, Goal, SegmentId, Stopped};
+use crate::dataplane::{CutJob, CutMachine, CutOutcome, Goal, SegmentId, Stopped};
 use crate::keeper::Keeper;
 use crate::operation::Operation;
 use crate::problem::{cut_error, store_error};
@@ -77,6 +77,10 @@ pub(crate) struct Attempt<'a> {
     keeper: Option<Keeper>,
     /// The monitors for the cut.
     monitors: Vec<prepare::Monitors>,
+    /// All that the data plane needs for it.
+    ready: Option<(SegmentId, Vec<CutMachine>)>,
+    /// The highest epoch that the record on disk allows for.
+    reserved: Epoch,
     outcome: Option<CutOutcome>,
     /// Frames in flight are being recorded there.
     recording: Option<(SegmentId, diorama_switch::Epoch)>,
@@ -217,6 +221,8 @@ impl<'a> Attempt<'a> {
             machines: Vec::new(),
             keeper: None,
             monitors: Vec::new(),
+            ready: None,
+            reserved: Epoch(0),
             outcome: None,
             recording: None,
             stopped: None,
@@ -306,11 +312,12 @@ impl Attempt<'_> {
 
     /// The eight steps, on the data plane's thread.
     fn cut(&mut self, epoch: Epoch) -> Result<Taken, ApiError> {
-        // Written before any frame has the new colour: an agent that takes over begins above it.
+        self.reserve_epoch(epoch)?;
         self.record.epoch = epoch.0;
-        self.record.save(&self.slot.folder(&self.agent.folders))?;
         self.operation.step("cutting");
-        let (segment, machines) = self.cut_machines()?;
+        let (segment, machines) = self.ready.take().ok_or_else(|| {
+            ApiError::new(ErrorKind::Internal, "a cut was asked for before everything was prepared")
+        })?;
         let bound = if self.capture == CaptureMode::Live { LIVE_BOUND } else { STOP_BOUND };
         let goal = Goal::Snapshot {
             epoch: diorama_switch::Epoch(epoch.0),
@@ -366,6 +373,18 @@ impl Attempt<'_> {
         drop(state);
         self.outcome = Some(outcome);
         Ok(Taken { machines, sent })
+    }
+
+    /// Writes down that an epoch may be used, before any frame has it: an agent that takes over begins there. Already while
+    /// the cut is prepared, or hosts would wait for their disks before they cut.
+    fn reserve_epoch(&mut self, epoch: Epoch) -> Result<(), ApiError> {
+        if self.reserved >= epoch {
+            return Ok(());
+        }
+        let reserving = Record { epoch: self.record.epoch.max(epoch.0), ..self.record.clone() };
+        reserving.save(&self.slot.folder(&self.agent.folders))?;
+        self.reserved = epoch;
+        Ok(())
     }
 
     /// The overlays are active from the pivot on, whatever becomes of the snapshot.

@@ -99,6 +99,7 @@ impl PartWorker {
                 post,
                 origin: Instant::now(),
                 initiator: me,
+                proposed: epoch,
             };
             while part.serve_one() {}
         })?;
@@ -158,6 +159,8 @@ struct Part<'a> {
     origin: Instant,
     /// Who asked for a cut last.
     initiator: ParticipantId,
+    /// The epoch that was asked for.
+    proposed: Epoch,
 }
 
 impl Part<'_> {
@@ -205,6 +208,7 @@ impl Part<'_> {
             let prepared = attempt
                 .compact_disks()
                 .and_then(|()| attempt.prepare())
+                .and_then(|()| attempt.reserve_epoch(self.proposed))
                 .and_then(|()| self.check_sessions());
             self.feed(match prepared {
                 Ok(()) => Input::Prepared { snapshot },
@@ -382,6 +386,7 @@ impl Part<'_> {
             && matches!(message.body, Body::Prepare(_))
         {
             self.initiator = *from;
+            self.proposed = message.cut.epoch;
         }
         self.queue.extend(self.participant.handle(input, self.origin.elapsed()));
     }

@@ -84,7 +84,7 @@ impl Attempt<'_> {
                 armed: false,
             })
             .collect();
-        match self.prepare_machines(&ram_folder) {
+        let prepared = match self.prepare_machines(&ram_folder) {
             Err(error) if self.may_fall_back && error.kind == ErrorKind::Unsupported => {
                 self.operation
                     .warn(format!("{}; using pre-copy, which pauses machines longer", error.message));
@@ -94,7 +94,10 @@ impl Attempt<'_> {
                 self.prepare_machines(&ram_folder)
             }
             result => result,
-        }
+        };
+        prepared?;
+        self.ready = Some(self.cut_machines()?);
+        Ok(())
     }
 
     fn prepare_machines(&mut self, ram_folder: &std::path::Path) -> Result<(), ApiError> {
@@ -183,6 +186,7 @@ impl Attempt<'_> {
         if let Err(error) = self.disarm() {
             tracing::error!(error = error.message, "captures were let through without a drain");
         }
+        self.ready = None;
         for machine in &self.machines {
             if machine.migrating && !machine.is_captured_live(self.capture) {
                 self.agent.end_migration(&self.slot, &machine.name);
@@ -208,6 +212,7 @@ impl Attempt<'_> {
         }
         // The monitors go first: QEMU takes one connection to each.
         self.monitors.clear();
+        self.ready = None;
         let sockets = socket_folder(&self.slot, &self.agent.folders, self.record.generation);
         for index in &armed {
             let path = SocketPaths::new(&sockets, *index).cut_monitor;

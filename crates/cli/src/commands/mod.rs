@@ -18,6 +18,7 @@ mod resume;
 mod schema;
 mod snapshot;
 mod status;
+mod store;
 mod up;
 mod validate;
 
@@ -45,6 +46,8 @@ pub enum Command {
     Logs(logs::Arguments),
     Pause(pause::Arguments),
     Resume(resume::Arguments),
+    #[command(subcommand)]
+    Store(store::Command),
     Validate(validate::Arguments),
     Schema(schema::Arguments),
     Doctor(doctor::Arguments),
@@ -77,7 +80,11 @@ pub fn run(
             session::run(named, output, started, async |session| status::run(arguments, session).await)
         }
         Command::Snapshot(command) => {
+            snapshot::check(&command)?;
             session::run(named, output, started, async |session| snapshot::run(command, session).await)
+        }
+        Command::Store(command) => {
+            session::run(named, output, started, async |session| store::run(command, session).await)
         }
         Command::Restore(arguments) => {
             session::run(named, output, started, async |session| restore::run(arguments, session).await)

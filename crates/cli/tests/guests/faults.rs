@@ -130,18 +130,16 @@ fn a_guest_whose_agent_has_gone() {
     lab.finish();
 }
 
-/// Puts other bytes in a file's place. Not into the file: others link it.
-fn replace(file: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+/// Puts other bytes in a file's place.
+fn replace(file: &Path, change: fn(&mut Vec<u8>)) {
     let mut bytes = std::fs::read(file).unwrap();
     change(&mut bytes);
-    std::fs::remove_file(file).unwrap();
     std::fs::write(file, bytes).unwrap();
 }
 
-/// The last byte that is not zero, changed: in a sparse file too it is one that was stored.
-fn flip(bytes: &mut [u8]) {
-    let at = bytes.iter().rposition(|byte| *byte != 0).unwrap();
-    bytes[at] ^= 1;
+fn flip(bytes: &mut Vec<u8>) {
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
 }
 
 fn halve(bytes: &mut Vec<u8>) {
@@ -154,64 +152,97 @@ fn damaged_snapshots_are_refused_and_nothing_else_is_touched() {
     lab.up(&PAIR.replace("10.0.0.2/24}]", "10.0.0.2/24}], disks: [{name: data, size: 64MiB}]"));
     let mut arrived = traffic::start(&lab, "pair");
     lab.shell("pair", "client", "traffic disk --file /dev/vda --rate 4MiB --size 2MiB --seconds 1");
-    let spare = lab.folder().join("spare");
     let report = lab.snapshot("pair", &["victim"]);
     let id = report["id"].as_str().unwrap().to_owned();
-    let folder = lab.home().join("store/snapshots").join(&id);
-    let cached = lab.runtime().join("ram").join(&id);
-    let copy = |from: &Path, to: &Path| {
-        let copied =
-            std::process::Command::new("cp").args(["-r", "--sparse=always"]).arg(from).arg(to).status();
-        assert!(copied.unwrap().success());
-    };
-    copy(&folder, &spare);
-
-    let layer = PathBuf::from("disks/client/data").join(&entries(&folder.join("disks/client/data"))[0]);
-    let files = [
-        Path::new("ram/server"),
-        Path::new("state/client"),
-        Path::new("frames"),
-        Path::new("manifest.json"),
-        &layer,
-    ];
-    for file in files {
-        for (how, change) in [("flipped", (|bytes| flip(bytes)) as fn(&mut Vec<u8>)), ("cut short", halve)] {
-            let what = format!("{} {how}", file.display());
-            // Nothing in flight leaves nothing to damage.
-            if std::fs::metadata(folder.join(file)).unwrap().len() == 0 {
-                continue;
+    let store = lab.home().join("store");
+    // Nothing but this snapshot: pages and clusters in one pack or more, trees in another.
+    let mut packs: Vec<(u64, PathBuf)> = entries(&store.join("packs"))
+        .iter()
+        .map(|pack| store.join("packs").join(pack))
+        .map(|pack| (std::fs::metadata(&pack).unwrap().len(), pack))
+        .collect();
+    packs.sort();
+    assert!(packs.len() >= 2, "{packs:?}");
+    let manifest = store.join("snapshots").join(format!("{id}.json"));
+    let objects = [packs.first().unwrap().1.clone(), packs.last().unwrap().1.clone(), manifest];
+    // What is still in the caches hides what happened to the store's.
+    let forget = || {
+        for folder in [lab.runtime().join("ram").join(&id), lab.home().join("files")] {
+            for file in entries(&folder) {
+                std::fs::remove_file(folder.join(file)).unwrap();
             }
-            replace(&folder.join(file), change);
-            // Memory that is still in the cache hides what happened to the store's.
-            std::fs::remove_dir_all(&cached)
-                .or_else(|error| match error.kind() {
-                    std::io::ErrorKind::NotFound => Ok(()),
-                    _ => Err(error),
-                })
-                .unwrap();
+        }
+        let _ = std::fs::remove_dir(lab.runtime().join("ram").join(&id));
+    };
+    for object in &objects {
+        let spare = std::fs::read(object).unwrap();
+        for (how, change) in [("flipped", flip as fn(&mut Vec<u8>)), ("cut short", halve)] {
+            let what = format!("{} {how}", object.display());
+            replace(object, change);
+            forget();
             for command in [&["restore"][..], &["fork"]] {
                 let left = lab.run(&[command, &[&id, "--json"]].concat());
                 assert_eq!(left.status, Some(1), "{command:?} with {what}: {left:?}");
                 let refusal = refusal(&left);
                 assert_eq!(refusal.kind, "corrupt", "{command:?} with {what}: {refusal:?}");
             }
-            let verified = lab.run(&["snapshot", "verify", &id, "--json"]);
-            assert_eq!(verified.status, Some(1), "verify with {what}: {verified:?}");
+            for command in
+                [&["snapshot", "verify", &id, "--json"][..], &["store", "check", "--read-data", "--json"]]
+            {
+                let checked = lab.run(command);
+                assert_eq!(checked.status, Some(1), "{command:?} with {what}: {checked:?}");
+                let name = object.file_name().unwrap().to_str().unwrap();
+                assert!(checked.stdout.contains(name), "{command:?} with {what}: {checked:?}");
+            }
             let status = lab.ok(&["status"]);
             assert_eq!(status["environments"].as_array().map(Vec::len), Some(1), "{what}");
             assert_eq!(lab.states("pair"), ["running"; 2], "{what}");
             lab.assert_nothing_partial();
-            std::fs::remove_dir_all(&folder).unwrap();
-            copy(&spare, &folder);
+            std::fs::write(object, &spare).unwrap();
         }
         arrived = traffic::goes_on(&lab, "pair", &arrived);
     }
-    // As it was, it is sound.
+    // As it was, it is sound, and comes back from the store alone.
+    forget();
     lab.verify("victim");
     lab.ok(&["restore", "victim"]);
     let now = until("traffic", || traffic::look(&lab, "pair"));
     assert_eq!(now.connection, arrived.connection);
     traffic::goes_on(&lab, "pair", &now);
     lab.shell("pair", "client", "traffic disk-check --file /dev/vda");
+    lab.finish();
+}
+
+/// Snapshots come and go; what is kept is whole, and what is not gives its space back.
+#[test]
+fn the_store_is_looked_after() {
+    let lab = Lab::new();
+    lab.up(PAIR);
+    let arrived = traffic::start(&lab, "pair");
+    for name in ["one", "two", "three", "four"] {
+        lab.snapshot("pair", &[name]);
+    }
+    let full = lab.ok(&["store", "stats"]);
+    assert_eq!(full["snapshots"], 4);
+    // Four snapshots share most of what they hold.
+    assert!(full["stored_bytes"].as_u64() < full["logical_bytes"].as_u64().map(|bytes| bytes / 8), "{full}");
+    let plan = lab.ok(&["snapshot", "prune", "--keep-last", "2", "--dry-run"]);
+    assert_eq!(plan["removed"].as_array().map(Vec::len), Some(2), "{plan}");
+    assert_eq!(lab.snapshots().len(), 4);
+    let pruned = lab.ok(&["snapshot", "prune", "--keep-last", "2"]);
+    assert_eq!(pruned["removed"], plan["removed"]);
+    assert!(pruned["freed_bytes"].as_u64() > Some(0), "{pruned}");
+    assert_eq!(lab.snapshots(), ["three", "four"]);
+    let checked = lab.ok(&["store", "check", "--read-data"]);
+    assert_eq!((&checked["ok"], &checked["snapshots"]), (&true.into(), &2.into()), "{checked}");
+    let collected = lab.ok(&["store", "gc", "--max-unused", "0"]);
+    assert_eq!(collected["deferred"], false, "{collected}");
+    let none = lab.run(&["snapshot", "prune", "--json"]);
+    assert_eq!((none.status, refusal(&none).kind.as_str()), (Some(1), "invalid"), "{none:?}");
+    lab.verify("three");
+    lab.ok(&["restore", "three"]);
+    let now = until("traffic", || traffic::look(&lab, "pair"));
+    assert_eq!(now.connection, arrived.connection);
+    traffic::goes_on(&lab, "pair", &now);
     lab.finish();
 }

@@ -308,7 +308,7 @@ impl Lab {
         for damaged in list["damaged"].as_array().unwrap() {
             self.ok(&["snapshot", "rm", damaged["id"].as_str().unwrap()]);
         }
-        for folder in ["environments", "store/snapshots", "store/incoming"] {
+        for folder in ["environments", "store/snapshots", "store/packs", "store/doomed", "store/incoming"] {
             assert_eq!(entries(&self.home().join(folder)), [""; 0], "{folder}: {}", self.agent_log());
         }
         self.ok(&["agent", "stop"]);

@@ -109,15 +109,16 @@ impl Folder {
         Ok(placed)
     }
 
-    /// The sessions whose lock is free, with their locks; and how many are not.
-    fn abandoned(&self, failed: &mut Vec<StoreError>) -> Result<(Vec<(PathBuf, Option<File>)>, usize), StoreError> {
+    /// The sessions whose lock is free, and how many are not.
+    fn abandoned(&self, failed: &mut Vec<StoreError>) -> Result<(Vec<Abandoned>, usize), StoreError> {
         let incoming = self.incoming()?;
         let _guard = self.lock()?;
         let (mut abandoned, mut alive) = (Vec::new(), 0);
         for entry in files::list(&incoming)? {
             let folder = entry.path();
             let path = folder.join(LOCK_FILE);
-            match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path) {
+            match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path)
+            {
                 Ok(lock) => match lock.try_lock() {
                     Ok(()) => abandoned.push((folder, Some(lock))),
                     Err(TryLockError::WouldBlock) => alive += 1,
@@ -298,6 +299,9 @@ impl Backend for Folder {
         Ok(Some(found.blocks_available().saturating_mul(found.fragment_size())))
     }
 }
+
+/// What a dead session has left, and its lock, if it had come so far as to have one.
+type Abandoned = (PathBuf, Option<File>);
 
 #[derive(Debug)]
 struct FolderSession {

@@ -17,10 +17,12 @@ const WAYS: [(&str, Harm); 9] = [
     ("truncated", |path| change(path, |bytes| bytes.truncate(bytes.len() / 2))),
     ("extended", |path| change(path, |bytes| bytes.push(0))),
     ("its start flipped", |path| change(path, |bytes| bytes[0] ^= 1)),
-    ("its contents flipped", |path| change(path, |bytes| {
-        let at = 50.min(bytes.len() / 2);
-        bytes[at] ^= 1;
-    })),
+    ("its contents flipped", |path| {
+        change(path, |bytes| {
+            let at = 50.min(bytes.len() / 2);
+            bytes[at] ^= 1;
+        })
+    }),
     ("its end flipped", |path| change(path, |bytes| *bytes.last_mut().unwrap() ^= 1)),
     ("a link", |path| {
         fs::remove_file(path).unwrap();
@@ -63,14 +65,17 @@ fn packs() {
             damage(&packs[kind]);
             both(&sample, |store| {
                 let report = store.check(ALL, &mut none).unwrap();
-                assert_eq!(objects(&report), [&packs[kind]], "{what}: {report:?}");
-                let incomplete = report.problems.iter().any(
-                    |p| matches!(&p.kind, CheckProblemKind::Incomplete { id, .. } if *id == damaged),
-                );
+                // Which packs there should be, nobody knows: one that is missing shows in what snapshots lack.
+                let named = usize::from(way != "missing");
+                assert_eq!(objects(&report), &[&packs[kind]][..named], "{what}: {report:?}");
+                let incomplete = report
+                    .problems
+                    .iter()
+                    .any(|p| matches!(&p.kind, CheckProblemKind::Incomplete { id, .. } if *id == damaged));
                 // A magic or a footer alone is no loss to who has read the table before.
                 let harmless = ["extended", "its start flipped", "its end flipped"].contains(&way);
                 assert!(incomplete || harmless, "{what}: {report:?}");
-                assert_eq!(report.problems.len(), 1 + usize::from(incomplete), "{what}: {report:?}");
+                assert_eq!(report.problems.len(), named + usize::from(incomplete), "{what}: {report:?}");
                 let verified = store.verify(&damaged, &mut none).unwrap();
                 let restored = sample.restores(store, &damaged, 1);
                 if !harmless {
@@ -250,9 +255,8 @@ fn a_damaged_chunk_is_read_from_elsewhere() {
     let (one, two) = (sample.reopened(), sample.reopened());
     // Neither sees what the other stages.
     let writers = [one.begin().unwrap(), two.begin().unwrap()];
-    let manifests = [("a", &writers[0]), ("b", &writers[1])].map(|(name, writer)| {
-        sample.put_all(writer, name, 1).unwrap()
-    });
+    let manifests = [("a", &writers[0]), ("b", &writers[1])]
+        .map(|(name, writer)| sample.put_all(writer, name, 1).unwrap());
     let mut ids = Vec::new();
     let mut packs = Vec::new();
     for (writer, manifest) in writers.into_iter().zip(manifests) {

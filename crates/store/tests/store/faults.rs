@@ -43,7 +43,8 @@ fn assert_whole(sample: &Sample, before: &[(SnapshotId, u8)], what: &str) {
         assert!(report.is_sound(), "{what}, {when}: {report:#?}");
         for summary in store.list().unwrap() {
             let entry = summary.entry().unwrap();
-            let seed = if entry.name == "new" { 9 } else { before.iter().find(|b| b.0 == entry.id).unwrap().1 };
+            let seed =
+                if entry.name == "new" { 9 } else { before.iter().find(|b| b.0 == entry.id).unwrap().1 };
             sample.restores(store, &entry.id, seed).unwrap();
         }
     };

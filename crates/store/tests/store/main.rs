@@ -3,9 +3,10 @@
 mod collection;
 mod crash;
 mod damage;
-mod faulty;
 mod faults;
+mod faulty;
 mod full_disk;
+mod kept;
 mod model;
 mod names;
 mod round_trip;

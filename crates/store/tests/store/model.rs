@@ -49,8 +49,7 @@ fn take(sample: &Sample, store: &Store, template: &Manifest, name: &str, pages: 
     manifest.machines.truncate(1);
     let machine = &mut manifest.machines[0];
     (machine.kernel, machine.disks) = (None, Vec::new());
-    machine.ram =
-        writer.put_ram("client", &memory(pages), pages.len() as u64 * 4096, &mut none).unwrap();
+    machine.ram = writer.put_ram("client", &memory(pages), pages.len() as u64 * 4096, &mut none).unwrap();
     machine.device_state = writer.put_bytes(Piece::DeviceState, "client", name.as_bytes()).unwrap();
     manifest.frames = writer.put_frames(&frames(1)).unwrap();
     manifest.bytes = writer.seal().unwrap();

@@ -23,7 +23,8 @@ pub fn none(_: u64, _: u64) {}
 
 impl Sample {
     pub fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        // In memory: the tests wait for a disk thousands of times otherwise.
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let store = Store::open(&folder.path().join("store")).unwrap();
         fs::write(folder.path().join("kernel"), vec![9; 10_000]).unwrap();
         for machine in ["client", "server"] {
@@ -93,9 +94,8 @@ impl Sample {
 
     pub fn names_in(&self, folder: &str) -> Vec<String> {
         let Ok(entries) = fs::read_dir(self.root().join(folder)) else { return Vec::new() };
-        let mut names: Vec<String> = entries
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
     }

@@ -3,6 +3,7 @@
 mod create;
 mod diff;
 mod list;
+mod prune;
 mod rm;
 mod show;
 mod verify;
@@ -30,6 +31,18 @@ pub enum Command {
     Verify(verify::Arguments),
     Diff(diff::Arguments),
     Rm(rm::Arguments),
+    Prune(prune::Arguments),
+}
+
+/// What can be refused without asking anybody.
+///
+/// # Errors
+/// When the command line is wrong.
+pub fn check(command: &Command) -> Result<(), Failure> {
+    match command {
+        Command::Prune(arguments) => prune::check(arguments),
+        _ => Ok(()),
+    }
 }
 
 /// Runs one of them.
@@ -44,5 +57,6 @@ pub async fn run(command: Command, session: &Session<'_>) -> Result<u8, Failure>
         Command::Verify(arguments) => verify::run(arguments, session).await,
         Command::Diff(arguments) => diff::run(arguments, session).await,
         Command::Rm(arguments) => rm::run(arguments, session).await,
+        Command::Prune(arguments) => prune::run(arguments, session).await,
     }
 }

@@ -14,7 +14,8 @@ use crate::session::Session;
 
 /// Delete snapshots
 ///
-/// What other snapshots and running environments need stays. A deleted snapshot cannot be brought back.
+/// What other snapshots and running environments need stays; the space of the rest is given back (as `diorama store gc`
+/// does). A deleted snapshot cannot be brought back.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:

@@ -13,7 +13,7 @@ use crate::session::Session;
 
 /// Prove a snapshot: read everything in it, and check every hash and the frame accounting
 ///
-/// Says which file is damaged, where, and how.
+/// Says which part is damaged, where, and how.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:

@@ -1,0 +1,87 @@
+//! One small store of each format that was ever released or merged is kept beside this file, and still restores.
+//!
+//! To add one: run the ignored test with the program of that format, and name the folder after it.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use diorama_store::*;
+
+use crate::sample::*;
+
+fn kept(format: u32) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/store/kept/format-{format}"))
+}
+
+/// Pages of text, zeros between them, and two that are alike.
+fn memory() -> fs::File {
+    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    file.set_len(40 * 4096).unwrap();
+    for page in [0_u64, 3, 17, 18, 33, 39] {
+        let text = format!("page {} of a small machine\n", page % 33).repeat(200);
+        file.write_all_at(&text.as_bytes()[..4096], page * 4096).unwrap();
+    }
+    file
+}
+
+#[test]
+fn each_format_restores() {
+    for format in 1..=1 {
+        // A copy: opening a store may tidy it up.
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        for entry in ["format", "packs", "snapshots", "names/pair"] {
+            let from = kept(format).join(entry);
+            let to = folder.path().join(entry);
+            if from.is_file() {
+                fs::copy(&from, &to).unwrap();
+                continue;
+            }
+            fs::create_dir_all(&to).unwrap();
+            for file in fs::read_dir(&from).unwrap().map(Result::unwrap) {
+                fs::copy(file.path(), to.join(file.file_name())).unwrap();
+            }
+        }
+        let store = Store::open(folder.path()).unwrap();
+        let report = store.check(CheckOptions { read_data: true, repair: false }, &mut none).unwrap();
+        assert!(report.is_sound() && report.snapshots == 1, "format {format}: {report:?}");
+        let id = store.find_name("pair", "kept").unwrap().unwrap();
+        let stored = store.load(&id).unwrap();
+        let copy = tempfile::tempfile_in("/dev/shm").unwrap();
+        store.copy_ram(&stored, "client", &copy, &mut none).unwrap();
+        assert!(contents(&copy) == contents(&memory()), "format {format}: memory differs");
+        assert_eq!(store.read_state(&stored, "client").unwrap(), b"device state");
+        assert_eq!(store.read_frames(&stored).unwrap(), frames(1));
+        store.copy_layer(&stored.manifest.machines[0].disks[0].layers[0], &copy, &mut none).unwrap();
+        assert_eq!(contents(&copy), "client".repeat(50_000).as_bytes());
+        assert!(store.verify(&id, &mut none).unwrap().is_sound());
+    }
+}
+
+#[test]
+#[ignore = "writes the store of the present format into the source tree"]
+fn write() {
+    let sample = Sample::new();
+    let template = {
+        let writer = sample.store.begin().unwrap();
+        sample.put_all(&writer, "kept", 1).unwrap()
+    };
+    let writer = sample.store.begin().unwrap();
+    let mut manifest = template;
+    manifest.machines.truncate(1);
+    let machine = &mut manifest.machines[0];
+    machine.kernel = None;
+    machine.ram = writer.put_ram("client", &memory(), 40 * 4096, &mut none).unwrap();
+    machine.device_state = writer.put_bytes(Piece::DeviceState, "client", b"device state").unwrap();
+    let path = layer(sample.folder.path(), "client", 0);
+    machine.disks[0].layers[0] = writer.put_layer("client", "root", 0, LayerFormat::Qcow2, &path).unwrap();
+    manifest.frames = writer.put_frames(&frames(1)).unwrap();
+    manifest.bytes = writer.seal().unwrap();
+    writer.commit(manifest).unwrap();
+    let status = std::process::Command::new("cp").arg("-r").arg(sample.root()).arg(kept(1)).status().unwrap();
+    assert!(status.success());
+    for left in ["lock", "incoming"] {
+        let path = kept(1).join(left);
+        fs::remove_file(&path).or_else(|_| fs::remove_dir(&path)).unwrap();
+    }
+}
