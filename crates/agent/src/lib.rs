@@ -151,3 +151,12 @@ fn host_name() -> String {
         .and_then(|name| name.into_string().ok())
         .unwrap_or_else(|| "localhost".to_owned())
 }
+
+/// Gives the calling thread the priority that threads have by default.
+pub(crate) fn be_ordinary() {
+    use diorama_qemu::process::{Policy, set_thread_policy};
+    let thread = nix::unistd::gettid().as_raw().cast_unsigned();
+    if let Err(error) = set_thread_policy(thread, Policy::Normal { nice: 0 }) {
+        tracing::debug!(%error, "a thread keeps the priority of the one that began it");
+    }
+}

@@ -19,6 +19,9 @@ const IDLE_LIMIT: Duration = Duration::from_secs(30);
 /// How often idleness is looked at.
 const IDLE_CHECK: Duration = Duration::from_secs(5);
 
+/// How long the first command waits for the cluster's directory.
+const DIRECTORY_WAIT: Duration = Duration::from_secs(3);
+
 /// How long the lock of an agent that was killed may take to go.
 const LOCK_LIMIT: Duration = Duration::from_secs(2);
 const LOCK_POLL: Duration = Duration::from_millis(10);
@@ -43,7 +46,11 @@ pub fn run(options: Options) -> Result<(), ApiError> {
     let _lock = lock(&options.folders)?;
     let agent = Agent::open(options.folders.clone())?;
     let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            // Threads for long work are begun by others that may go before guests.
+            .on_thread_start(crate::be_ordinary)
+            .enable_all().build().map_err(
             |error| ApiError::new(ErrorKind::Io, format!("the agent's runtime cannot start: {error}")),
         )?;
     let served = runtime.block_on(serve(Arc::clone(&agent), &options));
@@ -66,6 +73,11 @@ async fn serve(agent: Arc<Agent>, options: &Options) -> Result<(), ApiError> {
         .map_err(|error| io_error(&socket, &error))?;
     if let Some(config) = crate::cluster::Config::load(&agent.cluster_folder())? {
         agent.start_cluster(config).await?;
+        if let Some(cluster) = agent.cluster()
+            && let Err(error) = cluster.directory.fresh(DIRECTORY_WAIT).await
+        {
+            tracing::warn!(%error, "the cluster's directory does not answer yet: what is known is from before");
+        }
     }
     if let Some(ready) = options.ready {
         // SAFETY: the starter passed the descriptor to this process for this purpose alone.

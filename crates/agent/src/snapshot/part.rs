@@ -84,6 +84,7 @@ impl PartWorker {
         let (agent, slot) = (Arc::clone(agent), Arc::clone(slot));
         let name = format!("cuts {}", slot.name);
         std::thread::Builder::new().name(name).spawn(move || {
+            crate::span::prefer_this_thread();
             let epoch = Epoch(slot.state().record.as_ref().map_or(0, |record| record.epoch));
             let participant = match doubt {
                 Some((cut, initiator)) => Participant::recover(me, epoch, cut, initiator, Duration::ZERO),

@@ -21,7 +21,7 @@ mod parts;
 mod sessions;
 
 pub(crate) use forward::forward;
-pub(crate) use parts::{Joining, Messages, PartRequest};
+pub(crate) use parts::{Joining, Messages, PartRequest, prefer_this_thread};
 pub(crate) use sessions::Sessions;
 
 use diorama_topology::Environment;

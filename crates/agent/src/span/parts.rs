@@ -10,6 +10,7 @@ use diorama_cluster::channel::{MessageHandler, Peer, PeerError, Refusal};
 use diorama_cut::message::Body;
 use diorama_cut::participant::Input;
 use diorama_cut::{CutId, Epoch, Message, ParticipantId, SnapshotId, initiator};
+use diorama_qemu::process::{Policy, set_thread_policy};
 use diorama_store::SnapshotId as StoredId;
 use diorama_switch::geneve::Vni;
 use diorama_switch::{NetworkId, PeerId};
@@ -35,6 +36,8 @@ const SESSIONS_POLL: Duration = Duration::from_millis(2);
 const ASK_LIMIT: Duration = Duration::from_secs(3);
 /// How long a message of a cut may take; it is sent again by the protocol.
 const CUT_MESSAGE_LIMIT: Duration = Duration::from_secs(2);
+/// The niceness of threads that handle messages of cuts.
+const CUT_NICE: i32 = -10;
 /// What a part says when it stands ready.
 pub(super) const READY_STEP: &str = "ready";
 
@@ -301,13 +304,39 @@ impl MessageHandler for Messages {
     ) -> Pin<Box<dyn Future<Output = Result<Bytes, Refusal>> + Send + 'a>> {
         let (agent, peer, kind) = (Arc::clone(&self.0), peer.clone(), kind.to_owned());
         Box::pin(async move {
-            let answered = tokio::task::spawn_blocking(move || agent.answer(&peer, &kind, &body)).await;
-            match answered {
-                Ok(Ok(answer)) => Ok(answer.into()),
-                Ok(Err(error)) => Err(Refusal { kind: word(error.kind), message: error.message }),
-                Err(_) => Err(Refusal { kind: "internal".to_owned(), message: "the agent ran into a defect".to_owned() }),
+            if kind == "cut" || kind == "go" {
+                // Short, and never to wait for a thread: what one host is told late is skew.
+                prefer_this_thread();
+                return answered(Ok(agent.answer(&peer, &kind, &body)));
             }
+            let result = tokio::task::spawn_blocking(move || agent.answer(&peer, &kind, &body)).await;
+            answered(result)
         })
+    }
+}
+
+fn answered(
+    result: Result<Result<Vec<u8>, ApiError>, tokio::task::JoinError>,
+) -> Result<Bytes, Refusal> {
+    match result {
+        Ok(Ok(answer)) => Ok(answer.into()),
+        Ok(Err(error)) => Err(Refusal { kind: word(error.kind), message: error.message }),
+        Err(_) => {
+            Err(Refusal { kind: "internal".to_owned(), message: "the agent ran into a defect".to_owned() })
+        }
+    }
+}
+
+/// Puts the calling thread before guests, once. Only root may.
+pub(crate) fn prefer_this_thread() {
+    thread_local! {
+        static DONE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+    }
+    if !DONE.replace(true) {
+        let thread = nix::unistd::gettid().as_raw().cast_unsigned();
+        if let Err(error) = set_thread_policy(thread, Policy::Normal { nice: CUT_NICE }) {
+            tracing::debug!(%error, "messages of cuts are handled at normal priority");
+        }
     }
 }
 
