@@ -30,28 +30,33 @@ help: ## say what there is
 	@echo 'Variables: PREFIX (install; /usr/local), DESTDIR (install),'
 	@echo 'ARGS (bench), CARGO_TARGET_DIR (target).'
 
+# apt-get as root, for the recipes below.
+define as_apt
+apt() { \
+	local as_root=(); \
+	if [ "$$(id -u)" != 0 ]; then \
+		command -v sudo >/dev/null || { \
+			echo "make: neither root nor sudo. As root, run:" >&2; \
+			echo "  apt-get update && apt-get install --no-install-recommends $(PACKAGES)" >&2; \
+			return 1; \
+		}; \
+		as_root=(sudo); \
+	fi; \
+	"$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120 "$$@"; \
+}
+endef
+
 setup: ## install the Debian packages that are missing (as root or through sudo)
-	@missing=(); \
+	@$(as_apt); missing=(); \
 	for package in $(PACKAGES); do \
 		[ "$$(dpkg-query -W -f='$${db:Status-Status}' "$$package" 2>/dev/null || true)" = installed ] || \
 			missing+=("$$package"); \
 	done; \
-	have_lists() { compgen -G '/var/lib/apt/lists/*_Packages*' >/dev/null; }; \
-	if [ $${#missing[@]} -gt 0 ] || ! have_lists; then \
-		if [ "$$(id -u)" = 0 ]; then as_root=(); \
-		elif command -v sudo >/dev/null; then as_root=(sudo); \
-		else \
-			echo "make setup: neither root nor sudo. As root, run:" >&2; \
-			echo "  apt-get update && apt-get install --no-install-recommends $${missing[*]}" >&2; \
-			exit 1; \
-		fi; \
-		apt() { "$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120 "$$@"; }; \
-		have_lists || apt update; \
-		if [ $${#missing[@]} -gt 0 ]; then \
-			echo "setup: installing $${missing[*]}"; \
-			apt install -y --no-install-recommends "$${missing[@]}" || \
-				{ apt update && apt install -y --no-install-recommends "$${missing[@]}"; }; \
-		fi; \
+	compgen -G '/var/lib/apt/lists/*_Packages*' >/dev/null || apt update; \
+	if [ $${#missing[@]} -gt 0 ]; then \
+		echo "setup: installing $${missing[*]}"; \
+		apt install -y --no-install-recommends "$${missing[@]}" || \
+			{ apt update && apt install -y --no-install-recommends "$${missing[@]}"; }; \
 	fi
 	@command -v cargo >/dev/null || { \
 		echo "make setup: there is no cargo. Install Rust 1.91 or later (rustup is the usual way)" >&2; exit 1; }
@@ -62,8 +67,13 @@ build: ## build diorama and traffic (release)
 build-traffic:
 	@cargo build --quiet --release -p diorama-traffic
 
+# Lists that are older than the archive name files that are gone.
 images: setup build-traffic ## build the guest image `micro`
-	@images/micro/build.sh $(IMAGES) --traffic $(TARGET)/release/traffic --cache $(TARGET)/images/cache
+	@build() { images/micro/build.sh $(IMAGES) --traffic $(TARGET)/release/traffic --cache $(TARGET)/images/cache; }; \
+	build || { \
+		$(as_apt); echo "images: once more, with new package lists" >&2; \
+		apt update && build; \
+	}
 
 demo: setup build images ## show what Diorama does, with real machines
 	@DIORAMA="$(abspath $(TARGET))/release/diorama" demo/demo.sh

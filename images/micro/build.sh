@@ -59,7 +59,7 @@ depends() {
         sed -nE 's/^  (Pre)?Depends: ([^<][^ ]*)$/\2/p'
 }
 
-# The packages to unpack, as NAME=VERSION with the version that apt would install.
+# The packages to unpack, as NAME=VERSION with the version that apt would install, if it can still be fetched.
 packages=()
 choose_packages() {
     local kernel dependency
@@ -80,10 +80,19 @@ choose_packages() {
         done < <(depends "${level[@]}")
         level=("${next[@]}")
     done
+    # The candidate may be a version that is installed and that no source has any more (a later update took its
+    # place, or the lists are older than the system): then the highest that a source has.
     mapfile -t packages < <(
-        apt-cache policy "${!chosen[@]}" 2>/dev/null |
-            sed -nE 's/^([^ ]+):$/\1/;t name;s/^  Candidate: //;T;H;x;s/\n/=/p;d;:name;h' |
-            grep -v '=(none)$' | LC_ALL=C sort
+        {
+            apt-cache policy "${!chosen[@]}" 2>/dev/null |
+                sed -nE 's/^([^ ]+):$/\1/;t name;s/^  Candidate: //;T;H;x;s/\n/ /p;d;:name;h'
+            apt-cache madison "${!chosen[@]}" 2>/dev/null | tr -d '|'
+        } | awk '
+            NF == 2 { candidate[$1] = $2; next }
+            !($1 in highest) { highest[$1] = $2 }
+            candidate[$1] == $2 { there[$1] = 1 }
+            END { for (name in highest) print name "=" (name in there ? candidate[name] : highest[name]) }
+        ' | LC_ALL=C sort
     )
     [ ${#packages[@]} -eq ${#chosen[@]} ]
 }

@@ -197,8 +197,11 @@ impl Capture {
                 .spawn(move || {
                     let gated = Gated { gate: &gate, gating, theirs: theirs_too };
                     let result = split(&machine, &mut reader, file, ram_path, memory_bytes, gated);
-                    if result.is_err() && live {
-                        read_out(&machine, &mut reader);
+                    if result.is_err()
+                        && live
+                        && let Err(error) = read_out(&mut reader)
+                    {
+                        tracing::error!(machine, %error, "a capture that nobody wants does not end");
                     }
                     gate.set(|state| {
                         state.reached = true;
@@ -218,7 +221,7 @@ impl Capture {
         &self.stream
     }
 
-    /// To be called before QEMU is told to begin a live capture: from then on it is read to its end.
+    /// QEMU has begun a live capture, or may have: from now on it is read to its end.
     pub(crate) fn must_be_read_out(&mut self) {
         self.read_out = true;
     }
@@ -342,21 +345,16 @@ fn enlarge(theirs: &UnixStream) {
     }
 }
 
-/// Takes what still comes, and keeps none of it.
-fn read_out(machine: &str, stream: &mut UnixStream) {
-    if let Err(error) = stream.set_read_timeout(Some(SILENCE_LIMIT)) {
-        tracing::warn!(machine, %error, "a capture's socket has no timeout");
-    }
+/// Takes what still comes to its end, and keeps none of it.
+pub(crate) fn read_out(stream: &mut UnixStream) -> std::io::Result<()> {
+    stream.set_read_timeout(Some(SILENCE_LIMIT))?;
     let mut chunk = vec![0; CHUNK_BYTES];
     loop {
         match stream.read(&mut chunk) {
-            Ok(0) => return,
+            Ok(0) => return Ok(()),
             Ok(_) => {}
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => {
-                tracing::error!(machine, %error, "a capture that nobody wants does not end");
-                return;
-            }
+            Err(error) => return Err(error),
         }
     }
 }

@@ -7,10 +7,13 @@
 use std::path::{Path, PathBuf};
 
 use diorama_api::{ApiError, ErrorKind};
-use diorama_qemu::command_line::{DiskConfig, DiskLayer};
+use diorama_qemu::command_line::{DiskConfig, DiskLayer, file_node, format_node};
 use diorama_qemu::disk::{self, DEFAULT_CLUSTER_BITS, DiskError};
+use diorama_qemu::qmp::{Client, QmpError};
 use diorama_topology::{Boot, Machine};
+use serde_json::{Value, json};
 
+use crate::launch::COMMAND_LIMIT;
 use crate::problem::io_error;
 use crate::record::{BaseRecord, DiskRecord, FormatRecord, LayerRecord};
 
@@ -144,4 +147,34 @@ fn disk_error(path: &Path, error: &DiskError) -> ApiError {
     }
     ApiError::new(ErrorKind::Invalid, error.to_string())
         .hint("`qemu-img convert -O qcow2 OLD NEW` makes a plain image of almost any other")
+}
+
+/// A cut that was broken off may have left an overlay that is active and not recorded, or one that is recorded nowhere
+/// and in use by nobody: the first goes into the record, the second goes.
+pub(crate) fn reconcile(monitor: &mut Client, disk: &mut DiskRecord, folder: &Path) -> Result<(), QmpError> {
+    let Some(last) = disk.layers.last().map(|layer| layer.node) else { return Ok(()) };
+    let next = last + 1;
+    let node = format_node(&disk.name, next);
+    let file = folder.join(&disk.name).join(format!("{next}.qcow2"));
+    let blocks = monitor.execute("query-block", Value::Null, COMMAND_LIMIT)?;
+    let is_active = blocks
+        .as_array()
+        .into_iter()
+        .flatten()
+        .any(|block| block["inserted"]["node-name"].as_str() == Some(node.as_str()));
+    if is_active {
+        disk.layers.push(LayerRecord { file, node: next });
+        return Ok(());
+    }
+    for node in [node, file_node(&disk.name, next)] {
+        // Most often there is no such node.
+        let _ = monitor.execute("blockdev-del", json!({"node-name": node}), COMMAND_LIMIT);
+    }
+    match std::fs::remove_file(&file) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!(file = %file.display(), %error, "an unused overlay cannot be removed");
+        }
+        _ => {}
+    }
+    Ok(())
 }

@@ -169,12 +169,10 @@ impl GuestChannel {
 
     fn try_reach(&self, path: &Path, deadline: Instant) -> Result<(), GuestAgentError> {
         let mut connection = self.lock();
-        if connection.is_none() {
-            let stream = UnixStream::connect(path)
-                .map_err(|source| GuestAgentError::Connect { path: path.display().to_string(), source })?;
-            *connection = Some(GuestAgent::attach(stream));
-        }
-        let Some(agent) = connection.as_mut() else { return Err(GuestAgentError::Disconnected) };
+        let agent = match &mut *connection {
+            Some(agent) => agent,
+            none => none.insert(GuestAgent::connect(path)?),
+        };
         let result = agent.resynchronise(deadline);
         if !matches!(result, Ok(()) | Err(GuestAgentError::NotResponding { .. })) {
             *connection = None;

@@ -7,21 +7,20 @@
 //!
 //! It costs one process for the time of a snapshot, and needs no privilege.
 
-use std::io::{IoSliceMut, Read, Write};
+use std::io::{IoSliceMut, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+
+use crate::capture::read_out;
 
 /// Said by an agent that has read its captures itself.
 const DONE: u8 = b'd';
 /// Said with each socket.
 const SOCKET: u8 = b's';
-/// How long a machine may write nothing before it is taken for dead.
-const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 /// More captures than a snapshot has machines.
 const CAPTURES_MAX: usize = 4096;
 
@@ -100,23 +99,10 @@ pub fn keep_captures() -> std::io::Result<()> {
         }
     }
     let readers: Vec<_> =
-        captures.into_iter().map(|capture| std::thread::spawn(move || read_out(capture))).collect();
+        captures.into_iter().map(|mut capture| std::thread::spawn(move || read_out(&mut capture))).collect();
     for reader in readers {
-        // One that panicked has nothing to say.
+        // One that failed has nobody to tell.
         let _ = reader.join();
     }
     Ok(())
-}
-
-fn read_out(mut capture: UnixStream) {
-    let _ = capture.set_read_timeout(Some(SILENCE_LIMIT));
-    let mut chunk = vec![0; 1 << 20];
-    loop {
-        match capture.read(&mut chunk) {
-            Ok(0) => return,
-            Ok(_) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(_) => return,
-        }
-    }
 }

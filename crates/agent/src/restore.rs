@@ -18,6 +18,7 @@ use diorama_switch::{Epoch, PortId, Time};
 use diorama_topology::{Environment, EnvironmentName, MacAddress};
 
 use crate::Agent;
+use crate::dataplane::prefer_others;
 use crate::disks::link_and_extend;
 use crate::launch::{LaunchPlan, Launched, MachinePlan, Saved};
 use crate::operation::Operation;
@@ -139,6 +140,7 @@ impl Agent {
         let epoch = old.as_ref().map_or(0, |old| old.epoch).max(stored.manifest.cut.epoch);
         let frames = self.store.read_frames(stored).map_err(store_error)?;
         operation.step("starting machines");
+        let mut yielding = Yielding::new(slot);
         let (plans, disks) =
             self.plan(slot, stored, loaded, &specification, &disk_folder(&folder, generation))?;
         let described: Vec<(HardwareRecord, BootRecord)> =
@@ -182,6 +184,8 @@ impl Agent {
             let sockets = socket_folder(slot, &self.folders, old.generation);
             self.begin_stopping(running, &old.processes(), &sockets)
         });
+        // Their threads are gone, and their numbers may be others'.
+        yielding.0.clear();
         let mut ready = Vec::new();
         let resumed = self.resume_all(&mut launched, &resting, |machine| {
             ready.push(MachineReady { name: machine.to_owned(), ready_ms: milliseconds(started.elapsed()) });
@@ -447,6 +451,26 @@ impl Agent {
             return Err(error);
         }
         Ok(reserved)
+    }
+}
+
+/// While it lives, an environment's machines run only when nothing else wants to: others are about to take their place.
+struct Yielding(Vec<u32>);
+
+impl Yielding {
+    fn new(slot: &Slot) -> Self {
+        let machines = slot.state().running.as_ref().map(|running| {
+            running.machines.iter().flat_map(|machine| machine.vcpu_threads.iter().copied()).collect()
+        });
+        let threads: Vec<u32> = machines.unwrap_or_default();
+        prefer_others(&threads, true);
+        Self(threads)
+    }
+}
+
+impl Drop for Yielding {
+    fn drop(&mut self) {
+        prefer_others(&self.0, false);
     }
 }
 

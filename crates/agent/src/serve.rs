@@ -139,7 +139,7 @@ async fn until_the_end(agent: Arc<Agent>, activity: Arc<Activity>, exit_when_idl
 
 fn lock(folders: &Folders) -> Result<Flock<File>, ApiError> {
     let path = folders.agent_lock();
-    let file = File::options()
+    let mut file = File::options()
         .create(true)
         .truncate(false)
         .write(true)
@@ -147,7 +147,6 @@ fn lock(folders: &Folders) -> Result<Flock<File>, ApiError> {
         .map_err(|error| io_error(&path, &error))?;
     // A process that an agent was just starting when it was killed holds the lock until it runs its own program.
     let deadline = Instant::now() + LOCK_LIMIT;
-    let mut file = file;
     loop {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(lock),

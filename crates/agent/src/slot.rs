@@ -121,13 +121,7 @@ impl Slots {
         label: &'static str,
         operation: &Operation,
     ) -> Result<(Arc<Slot>, OperationGuard), ApiError> {
-        loop {
-            let slot = self.get(name)?;
-            let guard = slot.begin(label, operation)?;
-            if self.is_current(&slot) {
-                return Ok((slot, guard));
-            }
-        }
+        self.begin(|| self.get(name), label, operation)
     }
 
     /// Begins an operation on an environment that may be new.
@@ -137,8 +131,17 @@ impl Slots {
         label: &'static str,
         operation: &Operation,
     ) -> Result<(Arc<Slot>, OperationGuard), ApiError> {
+        self.begin(|| Ok(self.get_or_insert(name)), label, operation)
+    }
+
+    fn begin(
+        &self,
+        find: impl Fn() -> Result<Arc<Slot>, ApiError>,
+        label: &'static str,
+        operation: &Operation,
+    ) -> Result<(Arc<Slot>, OperationGuard), ApiError> {
         loop {
-            let slot = self.get_or_insert(name);
+            let slot = find()?;
             let guard = slot.begin(label, operation)?;
             if self.is_current(&slot) {
                 return Ok((slot, guard));

@@ -13,18 +13,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use diorama_api::ApiError;
-use diorama_qemu::command_line::{file_node, format_node};
 use diorama_qemu::process::{Policy, ProcessId, set_thread_policy, threads_of};
 use diorama_qemu::qmp::{Client, QmpError};
 use diorama_switch::{Epoch, PortId};
 use diorama_topology::EnvironmentName;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::Agent;
 use crate::dataplane::{Segment, SegmentId};
+use crate::disks::reconcile;
 use crate::launch::{COMMAND_LIMIT, SocketPaths, build_switch, find_vcpu_threads, nic_socket};
 use crate::problem::io_error;
-use crate::record::{DiskRecord, LayerRecord, Phase, Record};
+use crate::record::{Phase, Record};
 use crate::slot::{RUNTIME_FOLDER, Running, RunningMachine, Slot};
 use crate::up::{disk_folder, remove_tree, remove_unreferenced_disks, socket_folder};
 
@@ -290,34 +290,4 @@ enum TakeError {
 
 fn machine_rest(record: &Record, index: usize) -> Option<crate::record::Rest> {
     record.machines[index].rest
-}
-
-/// An agent that died within a cut may have left an overlay that is active and not recorded, or one that is recorded
-/// nowhere and in use by nobody.
-pub(crate) fn reconcile(monitor: &mut Client, disk: &mut DiskRecord, folder: &Path) -> Result<(), QmpError> {
-    let Some(last) = disk.layers.last().map(|layer| layer.node) else { return Ok(()) };
-    let next = last + 1;
-    let node = format_node(&disk.name, next);
-    let file = folder.join(&disk.name).join(format!("{next}.qcow2"));
-    let blocks = monitor.execute("query-block", Value::Null, COMMAND_LIMIT)?;
-    let is_active = blocks
-        .as_array()
-        .into_iter()
-        .flatten()
-        .any(|block| block["inserted"]["node-name"].as_str() == Some(node.as_str()));
-    if is_active {
-        disk.layers.push(LayerRecord { file, node: next });
-        return Ok(());
-    }
-    for node in [node, file_node(&disk.name, next)] {
-        // Most often there is no such node.
-        let _ = monitor.execute("blockdev-del", json!({"node-name": node}), COMMAND_LIMIT);
-    }
-    match std::fs::remove_file(&file) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            tracing::warn!(file = %file.display(), %error, "an unused overlay cannot be removed");
-        }
-        _ => {}
-    }
-    Ok(())
 }

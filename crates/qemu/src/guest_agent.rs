@@ -113,13 +113,14 @@ pub struct GuestAgent {
 }
 
 impl GuestAgent {
-    /// Connects and synchronises before `deadline`. Later requests may each take 10 s; see
-    /// [`GuestAgent::set_timeout`].
-    pub fn connect(path: &Path, deadline: Instant) -> Result<GuestAgent, GuestAgentError> {
+    /// Connects, without a word to the guest yet: [`GuestAgent::resynchronise`] comes before the first request. A channel
+    /// that is kept may be tried again and again; each new connection to a guest that does not listen would wait in
+    /// QEMU's short queue behind the ones before it. Requests may each take 10 s; see [`GuestAgent::set_timeout`].
+    pub fn connect(path: &Path) -> Result<GuestAgent, GuestAgentError> {
         socket_path::check(path)?;
         let stream = UnixStream::connect(path)
             .map_err(|source| GuestAgentError::Connect { path: path.display().to_string(), source })?;
-        GuestAgent::over(stream, deadline)
+        Ok(GuestAgent::attach(stream))
     }
 
     /// Synchronises on a connected channel.
@@ -129,10 +130,7 @@ impl GuestAgent {
         Ok(agent)
     }
 
-    /// Takes a connected channel, without a word to the guest yet: [`GuestAgent::resynchronise`] comes before the first
-    /// request. A channel that is kept may be tried again and again; each new connection to a guest that does not
-    /// listen would wait in QEMU's short queue behind the ones before it.
-    pub fn attach(stream: UnixStream) -> GuestAgent {
+    fn attach(stream: UnixStream) -> GuestAgent {
         let decoder = Decoder::with_limit(MAX_REPLY_BYTES);
         GuestAgent { stream, decoder, timeout: Duration::from_secs(10) }
     }

@@ -95,47 +95,54 @@ pub fn touch(process: ProcessId, memory_bytes: u64) -> io::Result<()> {
         .ok_or(io::ErrorKind::NotFound)?;
     let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?);
     let mut bytes = [0; TOUCH_PAGES];
-    let pages: Vec<u64> = (start..start + memory_bytes).step_by(PAGE_BYTES).collect();
-    for pages in pages.chunks(TOUCH_PAGES) {
-        let remote: Vec<RemoteIoVec> = pages
-            .iter()
-            .map(|page| RemoteIoVec { base: usize::try_from(*page).unwrap_or(usize::MAX), len: 1 })
-            .collect();
-        process_vm_readv(pid, &mut [IoSliceMut::new(&mut bytes[..pages.len()])], &remote)?;
+    let start = usize::try_from(start).map_err(io::Error::other)?;
+    let end = start + usize::try_from(memory_bytes).map_err(io::Error::other)?;
+    for first in (start..end).step_by(TOUCH_PAGES * PAGE_BYTES) {
+        let pages = (first..end).step_by(PAGE_BYTES).take(TOUCH_PAGES);
+        let remote: Vec<RemoteIoVec> = pages.map(|base| RemoteIoVec { base, len: 1 }).collect();
+        process_vm_readv(pid, &mut [IoSliceMut::new(&mut bytes[..remote.len()])], &remote)?;
     }
     Ok(())
 }
 
 /// The start of the private mapping of a RAM file.
 fn find_file(maps: &str, memory_bytes: u64) -> Option<u64> {
-    maps.lines().find_map(|line| {
-        let mut fields = line.split_ascii_whitespace();
-        let (start, end) = fields.next()?.split_once('-')?;
-        let permissions = fields.next()?;
-        let path = fields.nth(3).unwrap_or_default();
-        let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
-        (permissions == "rw-p" && path.starts_with('/') && end.checked_sub(start)? == memory_bytes)
-            .then_some(start)
-    })
+    private_mappings(maps)
+        .find(|mapping| mapping.path.starts_with('/') && mapping.end - mapping.start == memory_bytes)
+        .map(|mapping| mapping.start)
 }
 
 /// The start of the private, writable, anonymous mapping that main memory is in. Neighbours that the kernel has joined
 /// to it make it larger, never smaller; QEMU aligns main memory to huge pages.
 fn find_anonymous(maps: &str, memory_bytes: u64) -> Option<u64> {
     const HUGE_PAGE_BYTES: u64 = 2 << 20;
-    maps.lines()
-        .filter_map(|line| {
-            let mut fields = line.split_ascii_whitespace();
-            let (start, end) = fields.next()?.split_once('-')?;
-            let permissions = fields.next()?;
-            let path = fields.nth(3).unwrap_or_default();
-            let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+    private_mappings(maps)
+        .filter_map(|Mapping { start, end, path }| {
             let aligned = start.next_multiple_of(HUGE_PAGE_BYTES);
             let fits = end.checked_sub(aligned)? >= memory_bytes;
-            (permissions == "rw-p" && path.is_empty() && fits).then_some((end - start, aligned))
+            (path.is_empty() && fits).then_some((end - start, aligned))
         })
         .min()
         .map(|(_, start)| start)
+}
+
+/// A mapping as `/proc/PID/maps` lists it.
+struct Mapping<'a> {
+    start: u64,
+    end: u64,
+    /// Empty for anonymous memory.
+    path: &'a str,
+}
+
+/// The mappings that are private and writable.
+fn private_mappings(maps: &str) -> impl Iterator<Item = Mapping<'_>> {
+    maps.lines().filter_map(|line| {
+        let mut fields = line.split_ascii_whitespace();
+        let (start, end) = fields.next()?.split_once('-')?;
+        let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+        let is_private = fields.next()? == "rw-p" && start <= end;
+        is_private.then(|| Mapping { start, end, path: fields.nth(3).unwrap_or_default() })
+    })
 }
 
 #[cfg(test)]

@@ -75,7 +75,7 @@ pub(super) fn is_read(stream: &UnixStream) -> bool {
 }
 
 /// Writes without waiting: the monitor's socket is as good as empty, so it takes a command whole.
-pub(super) fn write_whole(mut stream: &UnixStream, bytes: &[u8]) -> std::io::Result<()> {
+fn write_whole(mut stream: &UnixStream, bytes: &[u8]) -> std::io::Result<()> {
     let written = stream.write(bytes)?;
     if written == bytes.len() { Ok(()) } else { Err(std::io::ErrorKind::WriteZero.into()) }
 }

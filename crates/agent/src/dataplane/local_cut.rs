@@ -26,11 +26,11 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use diorama_qemu::process::{Policy, set_thread_policy};
-use diorama_qemu::qmp::{Message, Parts, Timestamp, encode};
+use diorama_qemu::qmp::{Message, Parts, Timestamp};
 use diorama_switch::{Accounting, Epoch, Hold, InFlight, NetworkId, PortId, Recording, Time};
 use serde_json::Value;
 
-use super::command::{Command, Monitor, write_whole};
+use super::command::{Command, Monitor};
 use super::plane::Io;
 use super::segment::Segment;
 use crate::capture::GateHandle;
@@ -43,6 +43,8 @@ const DRAIN_POLL: Duration = Duration::from_micros(50);
 /// How many probe frames are sent, one after another. One shows that QEMU's receive queue was not blocked when
 /// it was read; a queue that is emptied bit by bit could let one through, and then the second waits.
 const PROBES: u32 = 2;
+/// What QEMU answers to a `cont` that comes a moment too early.
+const NOT_FINALIZED: &str = "Migration is not finalized yet";
 /// How long undoing may take before a machine is given up.
 const UNDO_BOUND: Duration = Duration::from_secs(5);
 
@@ -206,7 +208,6 @@ struct Progress {
     /// It ran when the cut began.
     running: bool,
     monitor_open: bool,
-    next_id: u64,
     stop_id: Option<u64>,
     stopped: bool,
     commands: Vec<(u64, Monitor, &'static str)>,
@@ -425,7 +426,7 @@ impl LocalCut {
         }
     }
 
-    // Steps 4 and 5, as each `stop` is answered; then 6 and 7.
+    // Steps 4 and 5, as each `stop` is answered.
     fn note_stopped(&mut self, segment: &mut Segment, io: &mut Io<'_>) {
         for index in 0..self.machines.len() {
             let progress = &mut self.machines[index];
@@ -459,23 +460,12 @@ impl LocalCut {
             self.learned = segment.learned();
             let now = io.now();
             self.enter(Stage::Saving, now);
-            self.save(segment, io);
         } else {
             self.fail_when_late(segment, io);
         }
     }
 
-    fn save(&mut self, segment: &mut Segment, io: &mut Io<'_>) {
-        let mut failure = None;
-        for progress in &mut self.machines {
-            failure = failure.or(progress.send_next());
-        }
-        if let Some(failure) = failure {
-            self.fail(failure, segment, io);
-        }
-    }
-
-    // Step 8.
+    // Steps 6 and 7; and 8, as each machine runs again.
     fn note_resumed(&mut self, segment: &mut Segment, io: &mut Io<'_>) -> bool {
         let mut failure = None;
         for progress in &mut self.machines {
@@ -499,9 +489,7 @@ impl LocalCut {
                 (_, Resume::ByItself | Resume::OnceSaved) => progress.resumed,
                 (_, Resume::AfterMigration) => {
                     if progress.migrated && progress.cont_id.is_none() {
-                        let id = progress.reserve_id();
-                        progress.cont_id = Some(id);
-                        failure = failure.or(progress.send(id, "cont", Value::Null, Stage::Saving));
+                        failure = failure.or(progress.resume(Stage::Saving));
                     }
                     progress.resumed
                 }
@@ -576,16 +564,11 @@ impl LocalCut {
                 continue;
             }
             if progress.may_be_migrating() && !progress.is_live() {
-                let id = progress.reserve_id();
                 // Refused when there is nothing to cancel: the answer is of no interest.
-                let _ = progress.send(id, "migrate_cancel", Value::Null, Stage::Undoing);
+                let _ = progress.send("migrate_cancel", Stage::Undoing);
             }
-            if progress.cont_id.is_none() {
-                let id = progress.reserve_id();
-                progress.cont_id = Some(id);
-                if progress.send(id, "cont", Value::Null, Stage::Undoing).is_some() {
-                    progress.abandon(self.goal, segment, io);
-                }
+            if progress.cont_id.is_none() && progress.resume(Stage::Undoing).is_some() {
+                progress.abandon(self.goal, segment, io);
             }
         }
     }
@@ -600,9 +583,7 @@ impl LocalCut {
             let _ = progress.resume_when_saved(Stage::Undoing);
             if progress.cont_id.is_none() && !progress.saves_live() {
                 // What was waited for has failed.
-                let id = progress.reserve_id();
-                progress.cont_id = Some(id);
-                let _ = progress.send(id, "cont", Value::Null, Stage::Undoing);
+                let _ = progress.resume(Stage::Undoing);
             }
             // Whether the disks are pivoted must be known: their overlays are removed if they are not.
             let pivoting = progress.commands.iter().any(|(_, monitor, _)| *monitor == Monitor::Pivot);
@@ -612,8 +593,7 @@ impl LocalCut {
                         machine = progress.machine.name,
                         "could not make sure that the machine runs on"
                     );
-                    let id = progress.reserve_id();
-                    let _ = progress.send(id, "cont", Value::Null, Stage::Undoing);
+                    let _ = progress.resume(Stage::Undoing);
                 }
                 progress.abandon(self.goal, segment, io);
             }
@@ -750,7 +730,6 @@ impl Progress {
         Self {
             monitor_open: machine.monitor.is_some(),
             running: machine.stop.is_some(),
-            next_id: machine.monitor.as_ref().map_or(0, |monitor| monitor.next_id),
             machine,
             drains,
             drain_incomplete: false,
@@ -802,29 +781,24 @@ impl Progress {
         }
         let memory_comes = self.machine.gate.as_ref().is_some_and(GateHandle::memory_comes);
         if memory_comes && self.asked_id.is_none() {
-            let id = self.reserve_id();
+            let (id, failure) = self.send("query-status", stage)?;
             self.asked_id = Some(id);
-            return self.send(id, "query-status", Value::Null, stage);
+            return failure;
         }
-        if !self.answered {
-            return None;
-        }
-        let id = self.reserve_id();
+        if self.answered { self.resume(stage) } else { None }
+    }
+
+    fn resume(&mut self, stage: Stage) -> Option<CutFailure> {
+        let (id, failure) = self.send("cont", stage)?;
         self.cont_id = Some(id);
-        self.send(id, "cont", Value::Null, stage)
+        failure
     }
 
-    fn reserve_id(&mut self) -> u64 {
-        let id = self.next_id;
-        self.next_id += 1;
-        id
-    }
-
-    /// Sends a command on the monitor for cuts, without waiting.
-    fn send(&mut self, id: u64, command: &str, arguments: Value, stage: Stage) -> Option<CutFailure> {
-        let monitor = self.machine.monitor.as_ref()?;
-        let sent = write_whole(&monitor.stream, &encode(id, command, arguments));
-        sent.err().map(|_| self.monitor_closed(stage))
+    /// Sends a command without arguments on the monitor for cuts, without waiting. Returns its id, and why it could not
+    /// be sent; nothing for a machine without a monitor.
+    fn send(&mut self, name: &'static str, stage: Stage) -> Option<(u64, Option<CutFailure>)> {
+        let command = Command::new(self.machine.monitor.as_mut()?, Monitor::Cut, name, Value::Null);
+        Some((command.id, self.finish_command(&command, stage)))
     }
 
     /// Sends the next command for the machine that stands still, once the one before is answered: the disks are pivoted
@@ -873,6 +847,13 @@ impl Progress {
                 }
                 None
             }
+            // Asked again: the migration says that it has completed before QEMU has left that state.
+            Message::Error { id: Some(id), desc, .. }
+                if is_cut && self.cont_id == Some(id) && desc == NOT_FINALIZED =>
+            {
+                self.cont_id = None;
+                None
+            }
             Message::Error { id: Some(id), desc, .. } => {
                 let command = if is_cut && self.stop_id == Some(id) {
                     "stop"
@@ -917,15 +898,7 @@ impl Progress {
 
     /// Whether whatever else must run goes before this guest.
     fn prefer_others(&self, yes: bool) {
-        if !may_return_from_idle() {
-            return;
-        }
-        let policy = if yes { Policy::Idle } else { Policy::Normal { nice: super::plane::VCPU_NICE } };
-        for thread in &self.machine.vcpu_threads {
-            if let Err(error) = set_thread_policy(*thread, policy) {
-                tracing::debug!(thread, %error, "a virtual CPU's scheduling policy stays as it is");
-            }
-        }
+        prefer_others(&self.machine.vcpu_threads, yes);
     }
 
     /// Ends with the machine's release: what QEMU does from then on (copying memory) has no haste.
@@ -982,6 +955,19 @@ impl Progress {
             pivoted: self.pivoted,
             migrating,
             armed: self.machine.armed && !self.saving,
+        }
+    }
+}
+
+/// Whether whatever else must run goes before these virtual CPUs. Changes nothing for a user who could not take it back.
+pub(crate) fn prefer_others(vcpu_threads: &[u32], yes: bool) {
+    if !may_return_from_idle() {
+        return;
+    }
+    let policy = if yes { Policy::Idle } else { Policy::Normal { nice: super::plane::VCPU_NICE } };
+    for thread in vcpu_threads {
+        if let Err(error) = set_thread_policy(*thread, policy) {
+            tracing::debug!(thread, %error, "a virtual CPU's scheduling policy stays as it is");
         }
     }
 }

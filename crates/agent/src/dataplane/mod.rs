@@ -26,7 +26,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 pub(crate) use command::{Command, Monitor, wait_until_read};
-pub(crate) use local_cut::{CutFailure, CutJob, CutMachine, CutOutcome, Goal, Resume};
+pub(crate) use local_cut::{CutFailure, CutJob, CutMachine, CutOutcome, Goal, Resume, prefer_others};
 pub(crate) use plane::{Plane, VCPU_NICE};
 pub(crate) use segment::{PortStatus, Segment, SegmentId};
 pub use standalone::switch_streams;

@@ -94,6 +94,13 @@ struct Machine {
     armed: bool,
 }
 
+impl Machine {
+    /// Whether its memory is captured while it runs; one that stands still is captured so.
+    fn is_captured_live(&self, capture: CaptureMode) -> bool {
+        self.runs && capture == CaptureMode::Live
+    }
+}
+
 impl Agent {
     /// Takes a snapshot of all machines, live where possible.
     pub(crate) fn create_snapshot(
@@ -288,10 +295,9 @@ impl Attempt<'_> {
             machine.pivoted = result.pivoted;
             machine.migrating = result.migrating;
             machine.armed = result.armed;
-            if let Some(capture) = &mut machine.capture
-                && machine.migrating
-                && self.capture == CaptureMode::Live
-                && machine.runs
+            if machine.migrating
+                && machine.is_captured_live(self.capture)
+                && let Some(capture) = &mut machine.capture
             {
                 capture.must_be_read_out();
             }

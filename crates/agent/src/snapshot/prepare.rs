@@ -15,13 +15,13 @@ use super::{Attempt, Machine};
 use crate::Agent;
 use crate::capture::{Capture, CaptureError, Gating};
 use crate::dataplane::{Command, CutJob, CutMachine, Goal, Monitor, Resume, SegmentId, wait_until_read};
-use crate::disks::new_layer;
+use crate::disks::{new_layer, reconcile};
 use crate::keeper::Keeper;
 use crate::launch::{COMMAND_LIMIT, SocketPaths};
 use crate::problem::{cut_error, io_error, no_space, qmp_error, store_error};
 use crate::record::{DiskRecord, Record};
 use crate::slot::Slot;
-use crate::takeover::{MIGRATION_POLL, migration_runs, reconcile};
+use crate::takeover::{MIGRATION_POLL, migration_runs};
 use crate::up::{disk_folder, socket_folder};
 
 /// The name under which QEMU gets the capture's socket.
@@ -144,7 +144,7 @@ impl Attempt<'_> {
             machine.overlays = prepared.overlays;
             machine.capture = prepared.capture;
             machine.migrating = prepared.migrating;
-            machine.armed = prepared.migrating && self.capture == CaptureMode::Live;
+            machine.armed = machine.migrating && machine.is_captured_live(self.capture);
             match prepared.monitor {
                 Ok(monitor) => self.monitors.push(Monitors {
                     machine: index,
@@ -184,7 +184,7 @@ impl Attempt<'_> {
             tracing::error!(error = error.message, "captures were let through without a drain");
         }
         for machine in &self.machines {
-            if machine.migrating && !(machine.runs && self.capture == CaptureMode::Live) {
+            if machine.migrating && !machine.is_captured_live(self.capture) {
                 self.agent.end_migration(&self.slot, &machine.name);
             }
             if let Some(capture) = &machine.capture {
@@ -464,12 +464,11 @@ fn fill(plan: &Plan, keeper: Option<&Keeper>, prepared: &mut Prepared) -> Result
         let arguments = json!({"uri": format!("fd:{CAPTURE_FD}")});
         let begun = monitor.execute("migrate", arguments, COMMAND_LIMIT);
         // Without an answer it may have begun.
-        if live && !matches!(begun, Err(QmpError::Command { .. })) {
+        prepared.migrating = !matches!(begun, Err(QmpError::Command { .. }));
+        if live && prepared.migrating {
             capture.must_be_read_out();
-            prepared.migrating = true;
         }
         begun.map_err(failed)?;
-        prepared.migrating = true;
         match gating {
             Gating::FromStart => wait_until_it_waits(plan.process.pid),
             Gating::AfterMost | Gating::Open => capture.wait_for_gate(),
@@ -567,7 +566,11 @@ impl Agent {
     /// Stops a migration that nobody wants any more, and waits until it has ended. The machine's monitor may be gone with
     /// the machine.
     pub(super) fn end_migration(&self, slot: &Slot, machine: &str) {
-        self.try_command(slot, machine, "migrate_cancel", serde_json::Value::Null);
+        if let Some(monitor) = slot.state().machine(machine).and_then(|machine| machine.monitor.as_mut())
+            && let Err(error) = monitor.execute("migrate_cancel", Value::Null, COMMAND_LIMIT)
+        {
+            tracing::info!(machine, %error, "cancelling a capture");
+        }
         let deadline = Instant::now() + COMMAND_LIMIT;
         while Instant::now() < deadline {
             let mut state = slot.state();
@@ -579,15 +582,5 @@ impl Agent {
             std::thread::sleep(MIGRATION_POLL);
         }
         tracing::error!(machine, "a cancelled capture does not end");
-    }
-
-    fn try_command(&self, slot: &Slot, machine: &str, command: &str, arguments: serde_json::Value) {
-        let mut state = slot.state();
-        let Some(monitor) = state.machine(machine).and_then(|machine| machine.monitor.as_mut()) else {
-            return;
-        };
-        if let Err(error) = monitor.execute(command, arguments, COMMAND_LIMIT) {
-            tracing::info!(machine, command, %error, "undoing part of a snapshot");
-        }
     }
 }
