@@ -74,7 +74,7 @@ fn what_is_packed_is_read() {
         assert_eq!(read(&id, &bytes).unwrap(), chunks);
     }
     let (id, bytes, _) = build(PackKind::Data, &[]);
-    assert_eq!(read(&id, &bytes).unwrap(), [vec![0_u8; 0]; 0]);
+    assert!(read(&id, &bytes).unwrap().is_empty());
 }
 
 #[test]

@@ -238,7 +238,7 @@ fn the_store_is_looked_after() {
     let collected = lab.ok(&["store", "gc", "--max-unused", "0"]);
     assert_eq!(collected["deferred"], false, "{collected}");
     let none = lab.run(&["snapshot", "prune", "--json"]);
-    assert_eq!((none.status, refusal(&none).kind.as_str()), (Some(1), "invalid"), "{none:?}");
+    assert_eq!((none.status, refusal(&none).kind.as_str()), (Some(2), "invalid"), "{none:?}");
     lab.verify("three");
     lab.ok(&["restore", "three"]);
     let now = until("traffic", || traffic::look(&lab, "pair"));

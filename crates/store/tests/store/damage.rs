@@ -10,6 +10,7 @@ use crate::sample::*;
 
 type Harm = fn(&Path);
 type Change = fn(&mut Manifest);
+type Forge = Box<dyn Fn(&mut Manifest)>;
 
 const WAYS: [(&str, Harm); 9] = [
     ("missing", |path| fs::remove_file(path).unwrap()),
@@ -367,7 +368,7 @@ fn a_forged_length_is_refused() {
     let id = sample.commit("honest", 1);
     let honest = sample.store.load(&id).unwrap().manifest;
     let ram_root = honest.machines[0].ram.root;
-    let cases: [Box<dyn Fn(&mut Manifest)>; 5] = [
+    let cases: [Forge; 5] = [
         Box::new(|m| m.machines[0].ram.bytes = 4 << 40),
         Box::new(|m| m.machines[0].ram.bytes = 4096),
         Box::new(|m| m.machines[0].device_state.bytes = 1 << 30),
