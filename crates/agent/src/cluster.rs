@@ -98,12 +98,15 @@ impl Cluster {
     /// Opens what is in the folder. Does not wait for the directory. Must be called within a tokio runtime.
     pub(crate) fn open(folder: &Path, config: Config) -> Result<Arc<Self>, ApiError> {
         let credentials = Credentials::open(folder).map_err(internal)?.ok_or_else(|| {
-            ApiError::new(ErrorKind::Corrupt, format!("{}: this host's key or certificate is missing", folder.display()))
-                .hint("`diorama host join` with a new token makes this host a member again")
+            ApiError::new(
+                ErrorKind::Corrupt,
+                format!("{}: this host's key or certificate is missing", folder.display()),
+            )
+            .hint("`diorama host join` with a new token makes this host a member again")
         })?;
         let options = Options { remembered: Some(folder.join("view.json")), ..Options::default() };
-        let directory =
-            Directory::etcd(&config.etcd, credentials.cluster(), credentials.host_id(), options).map_err(internal)?;
+        let directory = Directory::etcd(&config.etcd, credentials.cluster(), credentials.host_id(), options)
+            .map_err(internal)?;
         let tls = Tls::new(&credentials, directory.members()).map_err(internal)?;
         let admission = match Authority::open(folder) {
             Ok(authority) => {
@@ -167,7 +170,9 @@ impl Cluster {
     pub(crate) fn tunnel(&self, host: HostId) -> Option<SocketAddr> {
         let view = self.directory.view();
         let status = view.hosts.get(&host)?;
-        serde_json::from_value::<Announced>(status.value.detail.clone()).ok().map(|announced| announced.tunnel)
+        serde_json::from_value::<Announced>(status.value.detail.clone())
+            .ok()
+            .map(|announced| announced.tunnel)
     }
 
     /// Whether a host is known to be gone: it is no member any more, or its lease has ended.
@@ -208,7 +213,9 @@ impl Agent {
         };
         self.check_wire(config.address)?;
         let options = Options { remembered: Some(folder.join("view.json")), ..Options::default() };
-        admission::found(&folder, name, vec![config.address], &config.etcd, options).await.map_err(admission_error)?;
+        admission::found(&folder, name, vec![config.address], &config.etcd, options)
+            .await
+            .map_err(admission_error)?;
         self.enter_cluster(config).await
     }
 
@@ -218,10 +225,11 @@ impl Agent {
         self.refuse_second_cluster()?;
         make_private(&folder)?;
         let name = host_name(&request.name)?;
-        let token: JoinToken = request.token.parse().map_err(|error: diorama_cluster::identity::TokenError| {
-            ApiError::new(ErrorKind::Invalid, error.to_string())
-                .hint("a member makes one: `diorama host token`; copy it whole")
-        })?;
+        let token: JoinToken =
+            request.token.parse().map_err(|error: diorama_cluster::identity::TokenError| {
+                ApiError::new(ErrorKind::Invalid, error.to_string())
+                    .hint("a member makes one: `diorama host token`; copy it whole")
+            })?;
         self.check_wire(request.address)?;
         let (_, etcd) =
             admission::join(&folder, &token, name, vec![request.address]).await.map_err(admission_error)?;
@@ -243,8 +251,11 @@ impl Agent {
             .and_then(|_| std::net::TcpListener::bind(address))
             .map(drop)
             .map_err(|error| {
-                ApiError::new(ErrorKind::Invalid, format!("other hosts cannot be listened to at {address}: {error}"))
-                    .hint("the address must be one of this host's, and its port free for UDP and TCP")
+                ApiError::new(
+                    ErrorKind::Invalid,
+                    format!("other hosts cannot be listened to at {address}: {error}"),
+                )
+                .hint("the address must be one of this host's, and its port free for UDP and TCP")
             })
     }
 
@@ -257,7 +268,8 @@ impl Agent {
         let name = cluster.name.to_string();
         let hosts = self.hosts()?;
         hosts.into_iter().find(|host| host.name == name).ok_or_else(|| {
-            ApiError::new(ErrorKind::Agent, "the cluster does not show this host yet").hint("look again in a moment")
+            ApiError::new(ErrorKind::Agent, "the cluster does not show this host yet")
+                .hint("look again in a moment")
         })
     }
 
@@ -301,7 +313,9 @@ impl Agent {
             Some(_) => Ok(()),
             None => plane.open_wire(address).map(drop),
         });
-        opened.map_err(|error| ApiError::new(ErrorKind::Io, format!("tunnels cannot end at {address}: {error}")))
+        opened.map_err(|error| {
+            ApiError::new(ErrorKind::Io, format!("tunnels cannot end at {address}: {error}"))
+        })
     }
 
     /// Says what this host has.
@@ -378,7 +392,8 @@ impl Agent {
                         })
                         .unwrap_or_default(),
                     free_memory_bytes: status.map_or(0, |status| status.free_memory_bytes),
-                    machines: u32::try_from(machines.filter(|host| **host == member.id).count()).unwrap_or(u32::MAX),
+                    machines: u32::try_from(machines.filter(|host| **host == member.id).count())
+                        .unwrap_or(u32::MAX),
                     version: status.map(|status| status.version.clone()).unwrap_or_default(),
                 }
             })
@@ -406,11 +421,16 @@ impl Agent {
     pub(crate) async fn drain_host(&self, name: &str, drain: bool) -> Result<HostInfo, ApiError> {
         let cluster = self.cluster_or_error()?;
         let id = cluster.host_id(name)?;
-        cluster.directory.change_member(id, |member| member.draining = drain).await.map_err(directory_error)?;
+        cluster
+            .directory
+            .change_member(id, |member| member.draining = drain)
+            .await
+            .map_err(directory_error)?;
         let hosts = self.hosts()?;
-        hosts.into_iter().find(|host| host.name == name).ok_or_else(|| {
-            ApiError::new(ErrorKind::NotFound, format!("host `{name}` was removed meanwhile"))
-        })
+        hosts
+            .into_iter()
+            .find(|host| host.name == name)
+            .ok_or_else(|| ApiError::new(ErrorKind::NotFound, format!("host `{name}` was removed meanwhile")))
     }
 
     /// Takes a host out of the cluster.
@@ -453,9 +473,12 @@ fn labels(texts: &BTreeMap<String, String>) -> Result<BTreeMap<LabelName, LabelV
     texts
         .iter()
         .map(|(name, value)| {
-            let key = name.parse().map_err(|error: diorama_topology::NameError| invalid(name, error.to_string()))?;
-            let value =
-                value.parse().map_err(|error: diorama_topology::LabelValueError| invalid(value, error.to_string()))?;
+            let key = name
+                .parse()
+                .map_err(|error: diorama_topology::NameError| invalid(name, error.to_string()))?;
+            let value = value
+                .parse()
+                .map_err(|error: diorama_topology::LabelValueError| invalid(value, error.to_string()))?;
             Ok((key, value))
         })
         .collect()
@@ -473,9 +496,9 @@ pub(crate) fn directory_error(error: DirectoryError) -> ApiError {
         _ => ErrorKind::Agent,
     };
     let hint = match &error {
-        DirectoryError::Unavailable { .. } => {
-            Some("environments run on; what changes the cluster waits for etcd. Is it up, and can this host reach it?")
-        }
+        DirectoryError::Unavailable { .. } => Some(
+            "environments run on; what changes the cluster waits for etcd. Is it up, and can this host reach it?",
+        ),
         DirectoryError::Conflict { .. } => Some("somebody else changed it at the same time: try again"),
         _ => None,
     };
@@ -495,7 +518,9 @@ fn admission_error(error: AdmissionError) -> ApiError {
     let hint = match &error {
         AdmissionError::MemberAlready { .. } => "`diorama host list` shows the cluster",
         AdmissionError::Refused(_) => "a member makes new tokens: `diorama host token`",
-        AdmissionError::Unreachable { .. } => "is the host of the token up, and its address reachable from here?",
+        AdmissionError::Unreachable { .. } => {
+            "is the host of the token up, and its address reachable from here?"
+        }
         _ => "is etcd up, and can this host reach it?",
     };
     ApiError::new(kind, error.to_string()).hint(hint)

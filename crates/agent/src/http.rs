@@ -13,7 +13,12 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use diorama_api::{ApiError, CreateSnapshotRequest, DownRequest, DrainHostRequest, Empty, ErrorBody, ErrorKind, Event, ExecRequest, ForkRequest, InitHostRequest, JoinHostRequest, MachinesRequest, PruneRequest, RemoveHostRequest, RestoreRequest, StopAgentRequest, StoreCheckRequest, StoreGcRequest, TokenRequest, UpRequest};
+use diorama_api::{
+    ApiError, CreateSnapshotRequest, DownRequest, DrainHostRequest, Empty, ErrorBody, ErrorKind, Event,
+    ExecRequest, ForkRequest, InitHostRequest, JoinHostRequest, MachinesRequest, PruneRequest,
+    RemoveHostRequest, RestoreRequest, StopAgentRequest, StoreCheckRequest, StoreGcRequest, TokenRequest,
+    UpRequest,
+};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::sync::mpsc::unbounded_channel;

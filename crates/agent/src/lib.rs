@@ -62,10 +62,10 @@ pub use images::BUILT_IN_IMAGES;
 pub use keeper::keep_captures;
 pub use serve::{Options, run};
 
+use cluster::Cluster;
 use dataplane::DataPlane;
 use file_cache::FileCache;
 use hardware::Hardware;
-use cluster::Cluster;
 use ram_cache::RamCache;
 use slot::Slots;
 use span::Sessions;

@@ -71,7 +71,8 @@ impl Operation {
 
     /// Whether nobody waits for this operation any more.
     pub(crate) fn is_cancelled(&self) -> bool {
-        self.withdrawn.load(Ordering::Relaxed) || self.notices.as_ref().is_some_and(UnboundedSender::is_closed)
+        self.withdrawn.load(Ordering::Relaxed)
+            || self.notices.as_ref().is_some_and(UnboundedSender::is_closed)
     }
 
     /// Returns an error when nobody waits any more.

@@ -423,7 +423,11 @@ impl Agent {
                 match peer(&entry.machine) {
                     Some(peer) => learned_at_peers.push((running.networks[index], mac.bytes(), peer)),
                     None => {
-                        learned.push((running.networks[index], mac.bytes(), port(&entry.machine, entry.nic)?));
+                        learned.push((
+                            running.networks[index],
+                            mac.bytes(),
+                            port(&entry.machine, entry.nic)?,
+                        ));
                     }
                 }
             }

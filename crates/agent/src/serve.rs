@@ -45,14 +45,15 @@ pub fn run(options: Options) -> Result<(), ApiError> {
     options.folders.create()?;
     let _lock = lock(&options.folders)?;
     let agent = Agent::open(options.folders.clone())?;
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            // Threads for long work are begun by others that may go before guests.
-            .on_thread_start(crate::be_ordinary)
-            .enable_all().build().map_err(
-            |error| ApiError::new(ErrorKind::Io, format!("the agent's runtime cannot start: {error}")),
-        )?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        // Threads for long work are begun by others that may go before guests.
+        .on_thread_start(crate::be_ordinary)
+        .enable_all()
+        .build()
+        .map_err(|error| {
+            ApiError::new(ErrorKind::Io, format!("the agent's runtime cannot start: {error}"))
+        })?;
     let served = runtime.block_on(serve(Arc::clone(&agent), &options));
     // Operations that still run are told to undo what they began.
     agent.slots.withdraw_operations();

@@ -24,7 +24,14 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
-use crate::{AgentInfo, ApiError, CreateSnapshotRequest, DiffReport, DownReport, DownRequest, DrainHostRequest, Empty, EnvironmentStatus, ErrorBody, ErrorKind, Event, ExecReport, ExecRequest, Folders, ForkReport, ForkRequest, HostInfo, InitHostRequest, JoinHostRequest, MachinesRequest, Progress, PruneReport, PruneRequest, RemoveHostRequest, RemoveReport, RestoreReport, RestoreRequest, SnapshotList, SnapshotReport, StopAgentRequest, StoreCheckReport, StoreCheckRequest, StoreGcReport, StoreGcRequest, StoreStats, TokenReply, TokenRequest, UpRequest, VerifyReport};
+use crate::{
+    AgentInfo, ApiError, CreateSnapshotRequest, DiffReport, DownReport, DownRequest, DrainHostRequest, Empty,
+    EnvironmentStatus, ErrorBody, ErrorKind, Event, ExecReport, ExecRequest, Folders, ForkReport,
+    ForkRequest, HostInfo, InitHostRequest, JoinHostRequest, MachinesRequest, Progress, PruneReport,
+    PruneRequest, RemoveHostRequest, RemoveReport, RestoreReport, RestoreRequest, SnapshotList,
+    SnapshotReport, StopAgentRequest, StoreCheckReport, StoreCheckRequest, StoreGcReport, StoreGcRequest,
+    StoreStats, TokenReply, TokenRequest, UpRequest, VerifyReport,
+};
 
 /// The largest answer, and the longest line of an event stream, that the client takes: an `exec` report may
 /// hold 16 MiB each of standard output and standard error, in base64.

@@ -84,15 +84,8 @@ impl Frames {
     /// Copies sent that nothing explains. Zero, or the snapshot is wrong; negative means too many were seen.
     pub fn unaccounted(&self) -> i128 {
         let Drops { queue_full, link_loss, wire_loss, no_receiver, cut_drop } = self.dropped;
-        let explained = [
-            self.delivered_before,
-            self.in_flight,
-            queue_full,
-            link_loss,
-            wire_loss,
-            no_receiver,
-            cut_drop,
-        ];
+        let explained =
+            [self.delivered_before, self.in_flight, queue_full, link_loss, wire_loss, no_receiver, cut_drop];
         i128::from(self.sent_before) - explained.into_iter().map(i128::from).sum::<i128>()
     }
 

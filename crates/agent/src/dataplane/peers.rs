@@ -65,7 +65,12 @@ impl Peers {
 
 impl Segment {
     /// Adds another host, which has ports in `networks`. Without a session, frames for it are dropped and counted.
-    pub(crate) fn add_peer(&mut self, address: SocketAddr, networks: &[NetworkId], queue_bytes: usize) -> Option<PeerId> {
+    pub(crate) fn add_peer(
+        &mut self,
+        address: SocketAddr,
+        networks: &[NetworkId],
+        queue_bytes: usize,
+    ) -> Option<PeerId> {
         let id = self.switch_mut().add_peer(queue_bytes);
         for network in networks {
             self.switch_mut().set_peer_attached(id, *network, true);
@@ -106,7 +111,8 @@ impl Segment {
     }
 
     fn with_tunnel(&mut self, peer: PeerId, change: impl FnOnce(&mut Tunnel)) -> bool {
-        let tunnel = self.peers_mut().and_then(|peers| peers.link(peer)).and_then(|link| link.tunnel.as_mut());
+        let tunnel =
+            self.peers_mut().and_then(|peers| peers.link(peer)).and_then(|link| link.tunnel.as_mut());
         tunnel.map(change).is_some()
     }
 
@@ -154,7 +160,8 @@ impl Segment {
 
     /// The same after the socket was full: whatever waits.
     pub(super) fn flush_all_peers(&mut self, io: &mut Io<'_>) {
-        let ids: Vec<PeerId> = self.peers().map(|peers| peers.links.iter().map(|link| link.id).collect()).unwrap_or_default();
+        let ids: Vec<PeerId> =
+            self.peers().map(|peers| peers.links.iter().map(|link| link.id).collect()).unwrap_or_default();
         for peer in ids {
             self.flush_peer(peer, io);
         }
@@ -172,7 +179,8 @@ impl Segment {
                 return;
             }
             let vni = peers.span.vnis[usize::from(outgoing.network.0)];
-            let sealed = wire.out.push(*address, |room| tunnel.seal(vni, outgoing.colour, outgoing.bytes, room));
+            let sealed =
+                wire.out.push(*address, |room| tunnel.seal(vni, outgoing.colour, outgoing.bytes, room));
             if let Err(error) = sealed {
                 // It counts as passed on and never arrives: lost on the wire.
                 tracing::debug!(%error, ?peer, "a frame could not be sealed");

@@ -239,7 +239,8 @@ impl Plane {
     /// no tunnels' socket.
     pub(crate) fn span(&mut self, id: SegmentId, span: Span) -> bool {
         let (Some(wire), Some(segment)) = (&mut self.wire, self.segments.get_mut(&id)) else { return false };
-        let assigned = segment.networks().iter().zip(&span.vnis).all(|(network, vni)| wire.assign(*vni, id, *network));
+        let assigned =
+            segment.networks().iter().zip(&span.vnis).all(|(network, vni)| wire.assign(*vni, id, *network));
         if assigned {
             segment.set_span(span);
         } else {
@@ -415,12 +416,8 @@ impl Plane {
 
     fn with_io<R>(&mut self, id: SegmentId, task: impl FnOnce(&mut Segment, &mut Io<'_>) -> R) -> Option<R> {
         let segment = self.segments.get_mut(&id)?;
-        let mut io = Io {
-            epoll: &self.epoll,
-            scratch: &mut self.scratch,
-            wire: &mut self.wire,
-            origin: self.origin,
-        };
+        let mut io =
+            Io { epoll: &self.epoll, scratch: &mut self.scratch, wire: &mut self.wire, origin: self.origin };
         Some(task(segment, &mut io))
     }
 }

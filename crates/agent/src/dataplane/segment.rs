@@ -112,11 +112,7 @@ impl Segment {
         self.recording
     }
 
-    pub(super) fn start_recording(
-        &mut self,
-        cut: Epoch,
-        in_flight: InFlight,
-    ) -> Result<(), RecordingActive> {
+    pub(super) fn start_recording(&mut self, cut: Epoch, in_flight: InFlight) -> Result<(), RecordingActive> {
         self.switch.start_recording(cut, in_flight)?;
         self.recording = true;
         Ok(())

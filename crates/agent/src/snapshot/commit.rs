@@ -9,8 +9,8 @@ use diorama_cut::report::NetworkFrames;
 use diorama_cut::{Drops, Frames, MachineReport};
 use diorama_qemu::process::{Policy, set_thread_policy};
 use diorama_store::{
-    Accounting, BaseRecord, Capture as StoredCapture, CutRecord, DiskRecord, Dropped, FORMAT, FileRecord, Hardware,
-    LayerFormat, LearnedRecord, MachineRecord, Manifest, NetworkRecord, Piece, StoredFrame, Writer,
+    Accounting, BaseRecord, Capture as StoredCapture, CutRecord, DiskRecord, Dropped, FORMAT, FileRecord,
+    Hardware, LayerFormat, LearnedRecord, MachineRecord, Manifest, NetworkRecord, Piece, StoredFrame, Writer,
 };
 use diorama_switch::{NetworkId, PeerId, PortId};
 
@@ -200,7 +200,12 @@ impl Attempt<'_> {
             },
             networks: networks.collect(),
             specification: self.record.specification.clone(),
-            cut: CutRecord { epoch: self.record.epoch, skew_us: skew_ns / 1000, hosts: 1, attempt: self.attempt.clone() },
+            cut: CutRecord {
+                epoch: self.record.epoch,
+                skew_us: skew_ns / 1000,
+                hosts: 1,
+                attempt: self.attempt.clone(),
+            },
             frames: self.frames.clone().ok_or_else(|| defect("a manifest without frames"))?,
             bytes,
             machines: std::mem::take(&mut self.written),

@@ -58,7 +58,10 @@ impl Agent {
             .iter()
             .map(|machine| {
                 machines.remove(machine.name.as_str()).ok_or_else(|| {
-                    ApiError::new(ErrorKind::CutFailed, format!("no host has reported machine {}", machine.name))
+                    ApiError::new(
+                        ErrorKind::CutFailed,
+                        format!("no host has reported machine {}", machine.name),
+                    )
                 })
             })
             .collect::<Result<_, _>>()?;

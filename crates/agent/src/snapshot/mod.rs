@@ -21,9 +21,9 @@ mod joint;
 mod part;
 mod prepare;
 
+pub(crate) use commit::modified;
 pub(crate) use joint::{protocol_capture, protocol_in_flight};
 pub(crate) use part::{CapturedMachine, HostPart, PartWorker, Post};
-pub(crate) use commit::modified;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -365,8 +365,7 @@ impl Attempt<'_> {
             .filter(|(_, _, copies)| *copies > 0)
             .filter_map(|(peer, network, copies)| {
                 let (participant, _) = peers.iter().find(|(_, known)| known == peer)?;
-                let channel =
-                    Channel { peer: *participant, network: diorama_cut::NetworkId(network.0) };
+                let channel = Channel { peer: *participant, network: diorama_cut::NetworkId(network.0) };
                 Some(ChannelCount { channel, copies: *copies })
             })
             .collect();

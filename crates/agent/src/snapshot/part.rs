@@ -17,7 +17,8 @@ use diorama_api::{ApiError, CaptureMode, ErrorKind, InFlightPolicy, MachineState
 use diorama_cut::message::Body;
 use diorama_cut::participant::{Input, Output};
 use diorama_cut::{
-    Channel, CutId, Epoch, MachineReport, Message, NetworkId, Participant, ParticipantId, SnapshotId, initiator,
+    Channel, CutId, Epoch, MachineReport, Message, NetworkId, Participant, ParticipantId, SnapshotId,
+    initiator,
 };
 use diorama_store::{Bytes, FileRecord, LearnedRecord, MachineRecord};
 use diorama_switch::PeerId;
@@ -293,7 +294,8 @@ impl Part<'_> {
     /// Without a session with every other host, frames could be neither counted nor delivered.
     fn check_sessions(&self) -> Result<(), ApiError> {
         let Some((segment, peers)) = self.peers() else { return Ok(()) };
-        let status = self.agent.plane.call(move |plane| plane.segment(segment).map(|segment| segment.peer_status()));
+        let status =
+            self.agent.plane.call(move |plane| plane.segment(segment).map(|segment| segment.peer_status()));
         let missing = status.into_iter().flatten().find(|status| !status.connected);
         let Some(missing) = missing else { return Ok(()) };
         let host = peers.iter().find(|(_, peer)| *peer == missing.peer).map_or(0, |(host, _)| host.0);
@@ -301,7 +303,9 @@ impl Part<'_> {
             ErrorKind::CutFailed,
             format!("there is no tunnel between this host and number {host} of the environment's hosts"),
         )
-        .hint("hosts that were restarted connect again within seconds; `diorama host list` shows who is there"))
+        .hint(
+            "hosts that were restarted connect again within seconds; `diorama host list` shows who is there",
+        ))
     }
 
     /// Tells the participant how many frames from other hosts have come.
@@ -367,7 +371,8 @@ impl Part<'_> {
 
     /// The cut that was in doubt is so no more.
     fn note_outcome(&self, kept: Option<SnapshotId>) {
-        let kept = kept.and_then(|attempt| self.agent.store.find_attempt(&attempt.to_string()).ok().flatten());
+        let kept =
+            kept.and_then(|attempt| self.agent.store.find_attempt(&attempt.to_string()).ok().flatten());
         let mut state = self.slot.state();
         if let Some(record) = &mut state.record {
             record.doubt = None;
@@ -438,7 +443,11 @@ impl Attempt<'_> {
         initiator: ParticipantId,
     ) -> Result<Vec<MachineReport>, ApiError> {
         let written = self.try_store_machines()?;
-        self.writer.as_ref().ok_or_else(|| defect("a report without a writer"))?.publish().map_err(store_error)?;
+        self.writer
+            .as_ref()
+            .ok_or_else(|| defect("a report without a writer"))?
+            .publish()
+            .map_err(store_error)?;
         let mut host = Some(self.host_part()?);
         let machines = written
             .into_iter()

@@ -11,11 +11,11 @@ use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use diorama_api::{ClientError, Notice};
 use diorama_api::{
-    ApiError, DownReport, DownRequest, EnvironmentState, EnvironmentStatus, ErrorKind, MachineState,
-    ForkReport, ForkRequest, MachineStatus, NicStatus, RestoreReport,
+    ApiError, DownReport, DownRequest, EnvironmentState, EnvironmentStatus, ErrorKind, ForkReport,
+    ForkRequest, MachineState, MachineStatus, NicStatus, RestoreReport,
 };
+use diorama_api::{ClientError, Notice};
 use diorama_cluster::HostId;
 use diorama_cluster::directory::{EnvironmentRecord, InitiatorLock, Revised};
 use diorama_cluster::placement::{self, Wanted};
@@ -123,7 +123,9 @@ impl Agent {
                     failure.get_or_insert(error);
                 }
                 // Its machines are gone with it, or stop when it comes back and finds no record.
-                Err(error) => operation.warn(format!("a lost host was not asked to stop its machines: {error}")),
+                Err(error) => {
+                    operation.warn(format!("a lost host was not asked to stop its machines: {error}"))
+                }
             }
         }
         if let Some(error) = failure {
@@ -165,7 +167,10 @@ impl Agent {
     }
 
     /// What an environment does, as its hosts say.
-    pub(crate) fn status_in_cluster(&self, record: &EnvironmentRecord) -> Result<EnvironmentStatus, ApiError> {
+    pub(crate) fn status_in_cluster(
+        &self,
+        record: &EnvironmentRecord,
+    ) -> Result<EnvironmentStatus, ApiError> {
         let cluster = self.cluster_or_error()?;
         let path = format!("/v1/peer/environments/{}", record.name());
         let parts: BTreeMap<HostId, Result<EnvironmentStatus, ClientError>> = cluster.wait(async {
@@ -175,7 +180,9 @@ impl Agent {
                 asked.spawn(async move {
                     let answer = tokio::time::timeout(STATUS_LIMIT, client.get(&path)).await;
                     let answer = answer.unwrap_or_else(|_| {
-                        Err(ClientError::Carrier(format!("host {host} did not answer within {STATUS_LIMIT:?}")))
+                        Err(ClientError::Carrier(format!(
+                            "host {host} did not answer within {STATUS_LIMIT:?}"
+                        )))
                     });
                     (host, answer)
                 });
@@ -220,8 +227,9 @@ impl Agent {
         };
         // While both sets of parts may exist, the record names the hosts of both in turn: first what is to be.
         let based_on = known.as_ref().map(|known| known.revision);
-        let revision =
-            cluster.wait(cluster.directory.put_environment(&record, based_on, &lock)).map_err(directory_error)?;
+        let revision = cluster
+            .wait(cluster.directory.put_environment(&record, based_on, &lock))
+            .map_err(directory_error)?;
         let launched = self.launch_parts(&specification, &placed, (epoch, Some(id.to_string())), operation);
         let reports = match launched {
             Ok(reports) => reports,
@@ -230,7 +238,9 @@ impl Agent {
                     Some(known) => cluster
                         .wait(cluster.directory.put_environment(&known.value, Some(revision), &lock))
                         .map(drop),
-                    None => cluster.wait(cluster.directory.remove_environment(&name, revision, &lock)).map(drop),
+                    None => {
+                        cluster.wait(cluster.directory.remove_environment(&name, revision, &lock)).map(drop)
+                    }
                 };
                 if let Err(error) = undone {
                     tracing::error!(%error, "the record of an environment was not put back");
@@ -289,7 +299,11 @@ impl Agent {
         Ok(ForkReport { environments })
     }
 
-    fn fork_names(&self, original: &EnvironmentName, request: &ForkRequest) -> Result<Vec<EnvironmentName>, ApiError> {
+    fn fork_names(
+        &self,
+        original: &EnvironmentName,
+        request: &ForkRequest,
+    ) -> Result<Vec<EnvironmentName>, ApiError> {
         let view = self.cluster_or_error()?.directory.view();
         let taken = |name: &str| view.environments.keys().any(|known| known.as_str() == name);
         let count = request.count.unwrap_or(1);
@@ -310,12 +324,20 @@ impl Agent {
             .into_iter()
             .map(|text| {
                 if taken(&text) {
-                    return Err(ApiError::new(ErrorKind::NameInUse, format!("there is an environment `{text}` already"))
-                        .hint("choose another name with `--name`, or stop that one with `diorama down --volumes`"));
+                    return Err(ApiError::new(
+                        ErrorKind::NameInUse,
+                        format!("there is an environment `{text}` already"),
+                    )
+                    .hint(
+                        "choose another name with `--name`, or stop that one with `diorama down --volumes`",
+                    ));
                 }
                 text.parse().map_err(|error: diorama_topology::NameError| {
-                    ApiError::new(ErrorKind::Invalid, format!("`{text}` cannot be an environment's name: {error}"))
-                        .hint("choose a short one with `--name`")
+                    ApiError::new(
+                        ErrorKind::Invalid,
+                        format!("`{text}` cannot be an environment's name: {error}"),
+                    )
+                    .hint("choose a short one with `--name`")
                 })
             })
             .collect()
@@ -422,7 +444,10 @@ impl Agent {
             }
             asked.join_all().await
         });
-        results.into_iter().try_for_each(|result| result.map(drop)).map_err(|error| super::parts::peer_error(&error))
+        results
+            .into_iter()
+            .try_for_each(|result| result.map(drop))
+            .map_err(|error| super::parts::peer_error(&error))
     }
 }
 
@@ -484,14 +509,20 @@ fn span_hosts(
                 ApiError::new(ErrorKind::NotFound, format!("host {id} is not in the cluster any more"))
             })?;
             let tunnel = cluster.tunnel(*id).ok_or_else(|| {
-                ApiError::new(ErrorKind::Agent, format!("host `{}` does not say where its tunnels end", member.name))
-                    .hint("is its agent up? `diorama host list` shows it")
+                ApiError::new(
+                    ErrorKind::Agent,
+                    format!("host `{}` does not say where its tunnels end", member.name),
+                )
+                .hint("is its agent up? `diorama host list` shows it")
             })?;
             let machines = specification.machines.iter().map(|machine| &machine.name);
             Ok(SpanHost {
                 name: member.name.to_string(),
                 tunnel,
-                machines: machines.filter(|name| placed.get(*name) == Some(id)).map(ToString::to_string).collect(),
+                machines: machines
+                    .filter(|name| placed.get(*name) == Some(id))
+                    .map(ToString::to_string)
+                    .collect(),
             })
         })
         .collect::<Result<_, ApiError>>()?;
@@ -499,7 +530,11 @@ fn span_hosts(
 }
 
 /// Networks that span hosts get an MTU whose frames fit a packet between hosts.
-fn fit(mut specification: Environment, placed: &Placed, operation: &Operation) -> Result<Environment, ApiError> {
+fn fit(
+    mut specification: Environment,
+    placed: &Placed,
+    operation: &Operation,
+) -> Result<Environment, ApiError> {
     let fits = guest_mtu(UNDERLAY_MTU, Ip::V4, Protection::Sealed)
         .map_err(|error| ApiError::new(ErrorKind::Unsupported, error.to_string()))?;
     for network in &mut specification.networks {
@@ -539,7 +574,10 @@ fn merge(
         .iter()
         .map(|machine| {
             let host = record.placement.get(&machine.name).copied();
-            let known = answered.iter().flat_map(|part| &part.machines).find(|known| known.name == machine.name.as_str());
+            let known = answered
+                .iter()
+                .flat_map(|part| &part.machines)
+                .find(|known| known.name == machine.name.as_str());
             if let Some(known) = known {
                 return MachineStatus { host: host.map(host_name).unwrap_or_default(), ..known.clone() };
             }
@@ -570,7 +608,8 @@ fn merge(
             }
         })
         .collect();
-    let broken = machines.iter().any(|machine| matches!(machine.state, MachineState::Dead | MachineState::Lost));
+    let broken =
+        machines.iter().any(|machine| matches!(machine.state, MachineState::Dead | MachineState::Lost));
     let down = !answered.is_empty() && answered.iter().all(|part| part.state == EnvironmentState::Down);
     let starting = answered.iter().any(|part| part.state == EnvironmentState::Starting);
     let mut networks = first.map(|part| part.networks.clone()).unwrap_or_default();

@@ -114,7 +114,9 @@ impl Agent {
                     let mut outputs = Vec::new();
                     for (number, host) in (0..).map(ParticipantId).zip(&span.hosts) {
                         if cluster.is_lost(&host.name) {
-                            outputs.extend(initiator.handle(Input::PeerLost { peer: number }, started.elapsed()));
+                            outputs.extend(
+                                initiator.handle(Input::PeerLost { peer: number }, started.elapsed()),
+                            );
                         }
                     }
                     if operation.is_cancelled() && !cancelled {
@@ -141,8 +143,11 @@ impl Agent {
             (_, _, Some(error)) => Err(error),
             (Outcome::Aborted(reason), _, None) => {
                 operation.check()?;
-                Err(ApiError::new(ErrorKind::CutFailed, format!("the snapshot failed: {}", named(&reason.to_string(), &span)))
-                    .hint("the machines run on; nothing of it remains"))
+                Err(ApiError::new(
+                    ErrorKind::CutFailed,
+                    format!("the snapshot failed: {}", named(&reason.to_string(), &span)),
+                )
+                .hint("the machines run on; nothing of it remains"))
             }
             _ => Err(ApiError::new(ErrorKind::Internal, "the snapshot protocol ended without an outcome")),
         }
@@ -160,7 +165,10 @@ impl Agent {
         let mut parts: Vec<HostPart> = Vec::new();
         for report in snapshot.parts.values().flat_map(|part| &part.report.machines) {
             let captured: CapturedMachine = serde_json::from_slice(&report.captured).map_err(|error| {
-                ApiError::new(ErrorKind::CutFailed, format!("the report of machine {}: {error}", report.machine))
+                ApiError::new(
+                    ErrorKind::CutFailed,
+                    format!("the report of machine {}: {error}", report.machine),
+                )
             })?;
             parts.extend(captured.host);
             machines.insert(report.machine.clone(), captured.machine);

@@ -85,15 +85,22 @@ pub(crate) struct Joining<'a> {
 
 impl Agent {
     /// Launches this host's part, says when it stands ready, and lets it run when it is told.
-    pub(crate) fn launch_part(&self, request: &PartRequest, operation: &Operation) -> Result<PartReport, ApiError> {
+    pub(crate) fn launch_part(
+        &self,
+        request: &PartRequest,
+        operation: &Operation,
+    ) -> Result<PartReport, ApiError> {
         let started = Instant::now();
         let name = &request.span.whole.name;
         let Some(id) = &request.from else {
             let (slot, _guard) = self.slots.enter_or_insert(name, "starting", operation)?;
             let kept = slot.state().record.clone();
             if kept.as_ref().is_some_and(|kept| kept.phase == Phase::Up) {
-                return Err(ApiError::new(ErrorKind::NameInUse, format!("an environment `{name}` runs already"))
-                    .hint("stop it with `diorama down`, or start this one under another name with `--name`"));
+                return Err(ApiError::new(
+                    ErrorKind::NameInUse,
+                    format!("an environment `{name}` runs already"),
+                )
+                .hint("stop it with `diorama down`, or start this one under another name with `--name`"));
             }
             let result = self.start(&slot, request.span.part(), Some(request), kept.as_ref(), operation);
             if let Err(error) = result {
@@ -121,7 +128,12 @@ impl Agent {
     }
 
     /// Waits until every host stands ready and this one is told to go on.
-    pub(crate) fn wait_for_others(&self, segment: SegmentId, span: u64, operation: &Operation) -> Result<(), ApiError> {
+    pub(crate) fn wait_for_others(
+        &self,
+        segment: SegmentId,
+        span: u64,
+        operation: &Operation,
+    ) -> Result<(), ApiError> {
         let deadline = Instant::now() + SESSIONS_LIMIT;
         while !self.has_all_sessions(segment) {
             operation.check()?;
@@ -130,7 +142,9 @@ impl Agent {
                     ErrorKind::Agent,
                     "the tunnels to the other hosts of the environment do not come about",
                 )
-                .hint("`diorama host list` shows the hosts and their addresses: UDP and TCP must reach them"));
+                .hint(
+                    "`diorama host list` shows the hosts and their addresses: UDP and TCP must reach them",
+                ));
             }
             std::thread::sleep(SESSIONS_POLL);
         }
@@ -156,13 +170,17 @@ impl Agent {
         let worker = PartWorker::start(&agent, slot, me, doubt, post)
             .map_err(|error| ApiError::new(ErrorKind::Io, format!("a thread cannot be started: {error}")))?;
         let colours = worker.clone();
-        let newer_colour =
-            Box::new(move |epoch: diorama_switch::Epoch| colours.feed(Input::NewerColourSeen { epoch: Epoch(epoch.0) }));
+        let newer_colour = Box::new(move |epoch: diorama_switch::Epoch| {
+            colours.feed(Input::NewerColourSeen { epoch: Epoch(epoch.0) })
+        });
         let vnis = span.vnis.iter().filter_map(|vni| Vni::new(*vni)).collect();
         let spans = self.plane.call(move |plane| plane.span(segment, Span { vnis, newer_colour }));
         if !spans {
-            return Err(ApiError::new(ErrorKind::Busy, "a network's number on the wire is in use on this host")
-                .hint("try again: numbers are drawn anew each time"));
+            return Err(ApiError::new(
+                ErrorKind::Busy,
+                "a network's number on the wire is in use on this host",
+            )
+            .hint("try again: numbers are drawn anew each time"));
         }
         let mut peers = Vec::new();
         let mut spanned = Vec::new();
@@ -177,19 +195,28 @@ impl Agent {
                 .iter()
                 .zip(networks)
                 .filter(|(network, _)| {
-                    theirs.machines.iter().flat_map(|machine| &machine.nics).any(|nic| nic.network == network.name)
+                    theirs
+                        .machines
+                        .iter()
+                        .flat_map(|machine| &machine.nics)
+                        .any(|nic| nic.network == network.name)
                 })
                 .map(|(_, id)| *id)
                 .collect();
             let tunnel = host.tunnel;
             let peer = self.plane.call(move |plane| {
-                plane.segment(segment).and_then(|segment| segment.add_peer(tunnel, &attached, PEER_QUEUE_BYTES))
+                plane
+                    .segment(segment)
+                    .and_then(|segment| segment.add_peer(tunnel, &attached, PEER_QUEUE_BYTES))
             });
-            let peer = peer.ok_or_else(|| ApiError::new(ErrorKind::Internal, "the segment went while it was launched"))?;
+            let peer = peer.ok_or_else(|| {
+                ApiError::new(ErrorKind::Internal, "the segment went while it was launched")
+            })?;
             peers.push((ParticipantId(number), peer));
             spanned.push(SpannedPeer::new(ParticipantId(number), host.name.clone(), peer));
         }
-        self.sessions.add(span.id, Spanned { segment, me, peers: spanned, part: worker.clone(), goes: false });
+        self.sessions
+            .add(span.id, Spanned { segment, me, peers: spanned, part: worker.clone(), goes: false });
         Ok((peers, worker))
     }
 
@@ -205,7 +232,9 @@ impl Agent {
                 agent.deliver(&environment, span, me, message);
                 return;
             }
-            let (Some(cluster), Some(host)) = (agent.cluster().cloned(), hosts.get(to.0 as usize)) else { return };
+            let (Some(cluster), Some(host)) = (agent.cluster().cloned(), hosts.get(to.0 as usize)) else {
+                return;
+            };
             let Ok(id) = cluster.host_id(host) else { return };
             let envelope = CutEnvelope { environment: environment.clone(), span, from: me, message };
             let Ok(body) = serde_json::to_vec(&envelope) else { return };
@@ -254,7 +283,9 @@ impl Agent {
         let cluster = self.cluster_or_error()?;
         let id = cluster.host_id(host)?;
         let body = serde_json::to_vec(request).map_err(not_understood)?;
-        let answer = cluster.wait(cluster.peers.call(id, kind, body, ASK_LIMIT)).map_err(|error| peer_error(&error))?;
+        let answer = cluster
+            .wait(cluster.peers.call(id, kind, body, ASK_LIMIT))
+            .map_err(|error| peer_error(&error))?;
         serde_json::from_slice(&answer).map_err(not_understood)
     }
 
@@ -275,7 +306,9 @@ impl Agent {
             "session" => encode(&self.accept_session(name, &parse::<SessionRequest>(body)?)?),
             "session-wanted" => encode(&self.drop_session(name, &parse::<SessionWanted>(body)?)?),
             "session-key" => encode(&self.accept_key(name, &parse::<KeyRequest>(body)?)?),
-            other => Err(ApiError::new(ErrorKind::Invalid, format!("this version knows no message `{other}`"))),
+            other => {
+                Err(ApiError::new(ErrorKind::Invalid, format!("this version knows no message `{other}`")))
+            }
         }
     }
 
@@ -288,7 +321,10 @@ impl Agent {
         if host.is_some_and(|host| host.name == name) {
             return Ok(());
         }
-        Err(ApiError::new(ErrorKind::Invalid, format!("host {name} is not number {} of the environment", envelope.from)))
+        Err(ApiError::new(
+            ErrorKind::Invalid,
+            format!("host {name} is not number {} of the environment", envelope.from),
+        ))
     }
 }
 
@@ -315,9 +351,7 @@ impl MessageHandler for Messages {
     }
 }
 
-fn answered(
-    result: Result<Result<Vec<u8>, ApiError>, tokio::task::JoinError>,
-) -> Result<Bytes, Refusal> {
+fn answered(result: Result<Result<Vec<u8>, ApiError>, tokio::task::JoinError>) -> Result<Bytes, Refusal> {
     match result {
         Ok(Ok(answer)) => Ok(answer.into()),
         Ok(Err(error)) => Err(Refusal { kind: word(error.kind), message: error.message }),

@@ -117,7 +117,8 @@ impl Sessions {
     pub(crate) fn wait_for_go(&self, span: u64, operation: &Operation) -> Result<(), ApiError> {
         loop {
             operation.check()?;
-            let waits = |spans: &mut BTreeMap<u64, Spanned>| spans.get(&span).is_some_and(|spanned| !spanned.goes);
+            let waits =
+                |spans: &mut BTreeMap<u64, Spanned>| spans.get(&span).is_some_and(|spanned| !spanned.goes);
             let (spans, timeout) = self
                 .told
                 .wait_timeout_while(self.lock(), GO_WAIT, waits)
@@ -199,7 +200,9 @@ impl Agent {
             let status = self.peer_status(spanned.segment);
             std::thread::scope(|scope| {
                 for peer in &spanned.peers {
-                    let Some(status) = status.iter().find(|status| status.peer == peer.peer) else { continue };
+                    let Some(status) = status.iter().find(|status| status.peer == peer.peer) else {
+                        continue;
+                    };
                     let opens = spanned.me < peer.number;
                     let worn = status.rekey_due || peer.key_since.elapsed() > KEY_LIFE;
                     let (me, segment) = (spanned.me, spanned.segment);
@@ -231,8 +234,7 @@ impl Agent {
         let fast_aes = Cipher::has_fast_aes();
         // A key names its cipher. What the other host is fast with is known only to it yet.
         let sending = new_key(1, Cipher::for_hosts(fast_aes, fast_aes))?;
-        let request =
-            SessionRequest { span, from: me.0, fast_aes, key: sending.to_bytes().to_vec() };
+        let request = SessionRequest { span, from: me.0, fast_aes, key: sending.to_bytes().to_vec() };
         let reply: SessionReply = self.ask_host(&peer.host, "session", &request)?;
         let receiving = ReceivingKey::from_bytes(&reply.key).map_err(bad_key)?;
         self.begin_session(segment, peer.peer, sending, receiving)?;
@@ -242,7 +244,11 @@ impl Agent {
     }
 
     /// Answers [`Agent::open_session`] of another host.
-    pub(crate) fn accept_session(&self, host: &str, request: &SessionRequest) -> Result<SessionReply, ApiError> {
+    pub(crate) fn accept_session(
+        &self,
+        host: &str,
+        request: &SessionRequest,
+    ) -> Result<SessionReply, ApiError> {
         let (segment, peer) = self.sessions.find(request.span, request.from, host)?;
         let receiving = ReceivingKey::from_bytes(&request.key).map_err(bad_key)?;
         let sending = new_key(1, Cipher::for_hosts(Cipher::has_fast_aes(), request.fast_aes))?;

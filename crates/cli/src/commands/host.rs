@@ -135,7 +135,10 @@ pub async fn run(command: Command, session: &Session<'_>) -> Result<u8, Failure>
             let request = InitHostRequest { name, address: host.address, etcd, labels: host.labels() };
             let info = client.init_host(&request).await?;
             output.result(&info, || {
-                format!("{} is the first host of a new cluster\n`diorama host token` lets others in\n", printable(&info.name))
+                format!(
+                    "{} is the first host of a new cluster\n`diorama host token` lets others in\n",
+                    printable(&info.name)
+                )
             })?;
         }
         Command::Join(JoinArguments { token, host }) => {
@@ -161,7 +164,8 @@ pub async fn run(command: Command, session: &Session<'_>) -> Result<u8, Failure>
         Command::Remove(RemoveArguments { name, force }) => {
             let request = RemoveHostRequest { name, force };
             let done = client.remove_host(&request).await?;
-            output.result(&done, || format!("{} is not in the cluster any more\n", printable(&request.name)))?;
+            output
+                .result(&done, || format!("{} is not in the cluster any more\n", printable(&request.name)))?;
         }
     }
     Ok(0)
@@ -185,7 +189,9 @@ impl HostArguments {
 
 fn label(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
-        Some((name, value)) if !name.is_empty() && !value.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        Some((name, value)) if !name.is_empty() && !value.is_empty() => {
+            Ok((name.to_owned(), value.to_owned()))
+        }
         _ => Err("a label is written NAME=VALUE".to_owned()),
     }
 }
