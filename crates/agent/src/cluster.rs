@@ -363,6 +363,7 @@ impl Agent {
             }
         }
         *seen = now;
+        self.forget_removed_snapshots();
     }
 
     /// All hosts of the cluster.

@@ -141,6 +141,16 @@ impl RamCache {
         }
     }
 
+    /// Forgets the memory of snapshots that are not there any more: another host may have removed them.
+    pub(crate) fn forget_removed(&self, exists: impl Fn(&SnapshotId) -> bool) {
+        for entry in std::fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+            let id: Option<SnapshotId> = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            if id.is_some_and(|id| !exists(&id)) {
+                remove_folder(&entry.path());
+            }
+        }
+    }
+
     /// Forgets a snapshot's memory.
     pub(crate) fn remove(&self, id: &SnapshotId) {
         remove_folder(&self.folder.join(id.to_string()));

@@ -59,6 +59,7 @@ pub fn run(options: Options) -> Result<(), ApiError> {
     agent.slots.withdraw_operations();
     runtime.shutdown_timeout(Duration::from_secs(10));
     let _ = std::fs::remove_file(options.folders.socket());
+    agent.forget_removed_snapshots();
     if agent.slots.running().is_empty() {
         agent.remove_empty_folders();
     }

@@ -74,6 +74,12 @@ impl Agent {
         Ok(())
     }
 
+    /// Gives back the memory that snapshots have here which another host has removed.
+    pub(crate) fn forget_removed_snapshots(&self) {
+        // What cannot be looked up now is kept.
+        self.cache.forget_removed(|id| self.store.exists(id).unwrap_or(true));
+    }
+
     /// Hashes and counts everything again.
     pub(crate) fn verify_snapshot(
         &self,

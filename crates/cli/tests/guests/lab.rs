@@ -265,6 +265,13 @@ impl Lab {
         kill_and_wait(self.agent_pid());
     }
 
+    /// Kills the agent and all machines, as when the computer loses power.
+    pub fn kill_everything(&self) {
+        for pid in self.processes() {
+            kill_and_wait(pid);
+        }
+    }
+
     /// How many QEMU processes run with this lab's folders.
     pub fn machine_processes(&self) -> usize {
         let is_qemu =

@@ -6,6 +6,7 @@
 
 mod disks;
 mod faults;
+mod hosts;
 mod interrupts;
 mod lab;
 mod life;
