@@ -137,7 +137,7 @@ fn replace(file: &Path, change: fn(&mut Vec<u8>)) {
     std::fs::write(file, bytes).unwrap();
 }
 
-fn flip(bytes: &mut Vec<u8>) {
+fn flip(bytes: &mut [u8]) {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
 }
@@ -176,7 +176,7 @@ fn damaged_snapshots_are_refused_and_nothing_else_is_touched() {
     };
     for object in &objects {
         let spare = std::fs::read(object).unwrap();
-        for (how, change) in [("flipped", flip as fn(&mut Vec<u8>)), ("cut short", halve)] {
+        for (how, change) in [("flipped", (|bytes| flip(bytes)) as fn(&mut Vec<u8>)), ("cut short", halve)] {
             let what = format!("{} {how}", object.display());
             replace(object, change);
             forget();
