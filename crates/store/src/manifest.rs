@@ -104,7 +104,7 @@ pub struct CutRecord {
     /// On how many hosts machines ran.
     pub hosts: u32,
     /// The attempt that it came of, as 32 hexadecimal digits: by it, a host finds out what became of a cut.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub attempt: String,
 }
 

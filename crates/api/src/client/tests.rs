@@ -139,7 +139,7 @@ fn no_agent_is_told_apart() {
     assert!(matches!(ask(), Err(ClientError::NotRunning { .. })));
     std::fs::remove_file(folders.socket()).unwrap();
     std::fs::write(folders.runtime().join("file"), "").unwrap();
-    let under_file = Client { socket: folders.runtime().join("file/agent.sock") };
+    let under_file = Client { via: Via::Socket(folders.runtime().join("file/agent.sock")) };
     assert!(matches!(block_on(under_file.environments()), Err(ClientError::Connect { .. })));
 }
 

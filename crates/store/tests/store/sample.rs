@@ -188,7 +188,7 @@ fn manifest(name: &str, machines: Vec<MachineRecord>, frames: FileRecord, bytes:
         capture: Capture::Live,
         in_flight_policy: InFlightPolicy::Record,
         specification: environment(),
-        cut: CutRecord { epoch: 4, skew_us: 310, hosts: 1 },
+        cut: CutRecord { epoch: 4, skew_us: 310, hosts: 1, attempt: "5e".repeat(16) },
         networks: vec![NetworkRecord {
             name: "lan".into(),
             accounting: Accounting {
@@ -223,6 +223,8 @@ fn environment() -> topology::Environment {
             mac: mac.parse().unwrap(),
             address: None,
         }],
+        host: None,
+        labels: Default::default(),
         disks: vec![],
     };
     topology::Environment {
