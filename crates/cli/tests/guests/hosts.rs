@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::lab::{LIMIT, Lab, until};
+use crate::lab::{LIMIT, Lab, Refusal, entries, refusal, until};
 
 const ENVIRONMENT: &str = "\
 name: wide
@@ -92,7 +92,7 @@ impl Hosts {
             if number == 1 {
                 let etcd = format!("http://{}", etcd.address);
                 lab.ok(&[&["host", "init", "--etcd", &etcd], &host[..]].concat());
-                let uses = (count - 1).to_string();
+                let uses = count.to_string();
                 token = lab.ok(&["host", "token", "--uses", &uses])["token"].as_str().unwrap().to_owned();
             } else {
                 lab.ok(&[&["host", "join", &token], &host[..]].concat());
@@ -110,6 +110,11 @@ impl Hosts {
 
     fn finish(self) {
         for lab in self.labs {
+            // A host that was away finds out by itself that its part is wanted no more.
+            lab.ok(&["host", "list"]);
+            until("no part of an environment", || {
+                entries(&lab.home().join("environments")).is_empty().then_some(())
+            });
             lab.finish();
         }
     }
@@ -124,7 +129,15 @@ fn machine_states(lab: &Lab) -> Vec<(String, String)> {
 
 #[track_caller]
 fn pings(lab: &Lab, machine: &str, address: &str) {
-    lab.ok(&["exec", "-e", "wide", "--wait", "90", machine, "--", "ping", "-c", "3", "-W", "5", address]);
+    lab.shell("wide", machine, &format!("ping -c 3 -W 5 {address}"));
+}
+
+/// A command that is wrong in itself.
+#[track_caller]
+fn wrong(lab: &Lab, arguments: &[&str]) -> Refusal {
+    let ran = lab.run(&[arguments, &["--json"]].concat());
+    assert_eq!(ran.status, Some(2), "{arguments:?}: {ran:?}");
+    refusal(&ran)
 }
 
 #[test]
@@ -143,7 +156,7 @@ fn an_environment_spans_hosts_and_outlives_one() {
     pings(one, "b", "10.0.0.3");
     pings(two, "c", "10.0.0.1");
     let flow = "ping -i 0.02 10.0.0.2 > /tmp/flow 2>&1 & echo begun";
-    two.ok(&["exec", "-e", "wide", "a", "--", "sh", "-c", flow]);
+    two.shell("wide", "a", flow);
 
     // From each host, at one cut of all.
     for (lab, name) in [(one, "from-one"), (two, "from-two"), (three, "from-three")] {
@@ -168,7 +181,7 @@ fn an_environment_spans_hosts_and_outlives_one() {
     // A second environment of the same snapshot beside the first.
     let forked = two.ok(&["fork", "-e", "wide", "from-two", "--name", "copy"]);
     assert_eq!(forked["environments"][0]["machines"].as_array().unwrap().len(), 3, "{forked}");
-    three.ok(&["exec", "-e", "copy", "a", "--", "ping", "-c", "2", "-W", "5", "10.0.0.2"]);
+    three.shell("copy", "a", "ping -c 3 -W 5 10.0.0.2");
     one.ok(&["down", "-e", "copy", "--volumes"]);
 
     // A machine that names a host goes nowhere else, so the whole environment cannot be on the rest.
@@ -225,13 +238,13 @@ fn who_may_not_join_is_told_why() {
     let stranger = Lab::new();
     let address = free_address().to_string();
     let host = ["--name", "stranger", "--address", address.as_str()];
-    let refused = stranger.refused(&[&["host", "join", "no-token"], &host[..]].concat());
-    assert_eq!(refused.kind, "invalid");
+    let refused = wrong(&stranger, &[&["host", "join", "no-token"], &host[..]].concat());
+    assert!(refused.hint.contains("diorama host token"), "{refused:?}");
     let refused = stranger.refused(&["host", "list"]);
     assert!(refused.message.contains("in no cluster"), "{refused:?}");
     let token = one.ok(&["host", "token"])["token"].as_str().unwrap().to_owned();
     let taken = ["--name", "h1", "--address", address.as_str()];
-    let refused = stranger.refused(&[&["host", "join", &token], &taken[..]].concat());
+    let refused = wrong(&stranger, &[&["host", "join", &token], &taken[..]].concat());
     assert!(refused.message.contains("another host `h1`"), "{refused:?}");
     stranger.ok(&[&["host", "join", &token], &host[..]].concat());
     let refused = stranger.refused(&[&["host", "join", &token], &host[..]].concat());
