@@ -19,7 +19,7 @@ ARGS ?=
 PACKAGES := qemu-system-x86 qemu-utils cpio zstd xz-utils binutils gcc libc6-dev \
 	ca-certificates iproute2 iperf3 vde2 etcd-server
 
-.PHONY: help setup build build-traffic images demo test lint unit licences bench install clean
+.PHONY: help setup build build-traffic images demo demo-cluster test lint unit licences bench install clean
 
 help: ## say what there is
 	@echo 'Diorama: make TARGET'
@@ -77,6 +77,9 @@ images: setup build-traffic ## build the guest image `micro`
 
 demo: setup build images ## show what Diorama does, with real machines
 	@DIORAMA="$(abspath $(TARGET))/release/diorama" demo/demo.sh
+
+demo-cluster: setup build images ## show an environment that spans three hosts, one of which is lost (as root)
+	@DIORAMA="$(abspath $(TARGET))/release/diorama" demo/cluster.sh
 
 test: setup images lint unit ## every gate: format, lints, all tests
 

@@ -242,7 +242,10 @@ impl Agent {
             ErrorKind::WrongState,
             format!("this host is in a cluster already, as `{}`", cluster.name),
         )
-        .hint("`diorama host remove` on another host takes it out"))
+        .hint(format!(
+            "`diorama host remove` on another host takes it out; then stop this agent and remove {}",
+            self.cluster_folder().display()
+        )))
     }
 
     /// Whether tunnels could end here, before anything is written.

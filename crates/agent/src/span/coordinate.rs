@@ -17,7 +17,7 @@ use diorama_api::{
 };
 use diorama_api::{ClientError, Notice};
 use diorama_cluster::HostId;
-use diorama_cluster::directory::{EnvironmentRecord, InitiatorLock, Revised};
+use diorama_cluster::directory::{EnvironmentRecord, InitiatorLock, Revised, Revision};
 use diorama_cluster::placement::{self, Wanted};
 use diorama_store::SnapshotId;
 use diorama_topology::{Environment, EnvironmentName, MachineName};
@@ -57,35 +57,41 @@ impl Agent {
     ) -> Result<EnvironmentStatus, ApiError> {
         let cluster = self.cluster_or_error()?;
         let name = specification.name.clone();
-        if let Some(known) = self.environment_record(name.as_str()) {
-            if known.value.detail["as_written"] == serde_json::json!(specification) {
-                return self.status_in_cluster(&known.value);
+        let known = self.environment_record(name.as_str());
+        if let Some(known) = &known {
+            let status = self.status_in_cluster(&known.value)?;
+            let same = known.value.detail["as_written"] == serde_json::json!(specification);
+            if same && status.state != EnvironmentState::Down {
+                return Ok(status);
             }
-            return Err(ApiError::new(
-                ErrorKind::NameInUse,
-                format!("the cluster has an environment `{name}` already, and its file said otherwise"),
-            )
-            .hint("stop it with `diorama down`, or start this one under another name with `--name`"));
+            // One that is down starts from the disks that its hosts have kept.
+            if status.state != EnvironmentState::Down {
+                return Err(ApiError::new(
+                    ErrorKind::NameInUse,
+                    format!("the cluster has an environment `{name}` already, and its file said otherwise"),
+                )
+                .hint("stop it with `diorama down`, or start this one under another name with `--name`"));
+            }
         }
         operation.step("placing machines");
         let lock = cluster.wait(cluster.directory.lock(&name, "up")).map_err(directory_error)?;
         let as_written = specification.clone();
-        let placed = place(cluster, &specification, &Placed::new())?;
+        let before = known.as_ref().map(|known| known.value.placement.clone()).unwrap_or_default();
+        let placed = place(cluster, &specification, &before)?;
         let specification = fit(specification, &placed, operation)?;
         let record = EnvironmentRecord {
             specification: specification.clone(),
             placement: placed.clone(),
             owner: cluster.id,
-            generation: 1,
+            generation: known.as_ref().map_or(1, |known| known.value.generation + 1),
             detail: serde_json::json!({ "as_written": as_written }),
         };
-        let revision =
-            cluster.wait(cluster.directory.put_environment(&record, None, &lock)).map_err(directory_error)?;
-        if let Err(error) = self.launch_parts(&specification, &placed, (0, None), operation) {
-            let removed = cluster.wait(cluster.directory.remove_environment(&name, revision, &lock));
-            if let Err(error) = removed {
-                tracing::error!(%error, "the record of an environment that did not start is left");
-            }
+        let based_on = known.as_ref().map(|known| known.revision);
+        let revision = cluster
+            .wait(cluster.directory.put_environment(&record, based_on, &lock))
+            .map_err(directory_error)?;
+        if let Err(error) = self.launch_parts(&specification, &placed, (0, None), &lock, operation) {
+            self.put_back(known.as_ref(), &name, revision, &lock);
             return Err(error);
         }
         release(cluster, lock);
@@ -230,21 +236,12 @@ impl Agent {
         let revision = cluster
             .wait(cluster.directory.put_environment(&record, based_on, &lock))
             .map_err(directory_error)?;
-        let launched = self.launch_parts(&specification, &placed, (epoch, Some(id.to_string())), operation);
+        let from = (epoch, Some(id.to_string()));
+        let launched = self.launch_parts(&specification, &placed, from, &lock, operation);
         let reports = match launched {
             Ok(reports) => reports,
             Err(error) => {
-                let undone = match &known {
-                    Some(known) => cluster
-                        .wait(cluster.directory.put_environment(&known.value, Some(revision), &lock))
-                        .map(drop),
-                    None => {
-                        cluster.wait(cluster.directory.remove_environment(&name, revision, &lock)).map(drop)
-                    }
-                };
-                if let Err(error) = undone {
-                    tracing::error!(%error, "the record of an environment was not put back");
-                }
+                self.put_back(known.as_ref(), &name, revision, &lock);
                 return Err(error);
             }
         };
@@ -270,6 +267,26 @@ impl Agent {
             in_flight_replayed: reports.iter().map(|report| report.in_flight_replayed).sum(),
             machines: reports.into_iter().flat_map(|report| report.machines).collect(),
         })
+    }
+
+    /// After parts did not start: the directory says again what it said before.
+    fn put_back(
+        &self,
+        known: Option<&Revised<Arc<EnvironmentRecord>>>,
+        name: &EnvironmentName,
+        revision: Revision,
+        lock: &InitiatorLock,
+    ) {
+        let Some(cluster) = self.cluster() else { return };
+        let undone = match known {
+            Some(known) => {
+                cluster.wait(cluster.directory.put_environment(&known.value, Some(revision), lock))
+            }
+            None => cluster.wait(cluster.directory.remove_environment(name, revision, lock)),
+        };
+        if let Err(error) = undone {
+            tracing::error!(%error, "the record of an environment was not put back");
+        }
     }
 
     /// Makes new environments of a snapshot, one after another; all or none.
@@ -349,11 +366,12 @@ impl Agent {
         specification: &Environment,
         placed: &Placed,
         (epoch, from): (u32, Option<String>),
+        lock: &InitiatorLock,
         operation: &Operation,
     ) -> Result<Vec<PartReport>, ApiError> {
         let mut attempt = 1;
         loop {
-            match self.try_launch_parts(specification, placed, (epoch, from.clone()), operation) {
+            match self.try_launch_parts(specification, placed, (epoch, from.clone()), lock, operation) {
                 Err(error) if error.kind == ErrorKind::Busy && attempt < LAUNCH_ATTEMPTS => attempt += 1,
                 result => return result,
             }
@@ -365,6 +383,7 @@ impl Agent {
         specification: &Environment,
         placed: &Placed,
         (epoch, from): (u32, Option<String>),
+        lock: &InitiatorLock,
         operation: &Operation,
     ) -> Result<Vec<PartReport>, ApiError> {
         let cluster = self.cluster_or_error()?;
@@ -414,6 +433,8 @@ impl Agent {
                 Ok(Event::Ready) => {
                     ready += 1;
                     if ready == ids.len() {
+                        // Somebody else may be at it, if this host was cut off meanwhile.
+                        lock.check().map_err(|lost| directory_error(lost.into()))?;
                         self.let_go(cluster, &ids, span.id)?;
                     }
                 }

@@ -211,9 +211,19 @@ fn an_environment_moves_to_the_hosts_that_are_left() {
     let hosts = Hosts::new(2);
     let [one, two] = &hosts.labs[..] else { unreachable!() };
     let file = one.folder().join("wide.yaml");
-    std::fs::write(&file, ENVIRONMENT.replace(", host: h1", "").replace(", host: h2", "")).unwrap();
+    let text = ENVIRONMENT.replace(", host: h1", "").replace(", host: h2", "");
+    let text = text.replace("10.0.0.3/24}]}", "10.0.0.3/24}], disks: [{name: data, size: 16MiB}]}");
+    std::fs::write(&file, text).unwrap();
     two.ok(&["up", file.to_str().unwrap()]);
     assert_eq!(hosts_of(&machine_states(one)), 2);
+    pings(one, "a", "10.0.0.2");
+    // Down and up again, with the disk that its host has kept.
+    one.shell("wide", "c", "echo kept > /dev/vda; sync");
+    let down = two.ok(&["down", "-e", "wide"]);
+    assert_eq!(down["environments"][0]["disks_kept"], serde_json::json!(["c/data"]), "{down}");
+    assert_eq!(one.ok(&["status", "-e", "wide"])["environments"][0]["state"], "down");
+    one.ok(&["up", file.to_str().unwrap()]);
+    assert_eq!(two.shell("wide", "c", "head -n 1 /dev/vda").trim_end(), "kept");
     pings(one, "a", "10.0.0.2");
     one.ok(&["snapshot", "create", "-e", "wide", "whole"]);
 

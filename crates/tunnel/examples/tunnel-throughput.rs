@@ -3,7 +3,7 @@
 //! and are timed apart, so each figure is what one core does that does nothing else, and other programs on the computer
 //! disturb little. Over loopback the kernel's way of a packet, to the receiver's socket, is in the sender's time.
 //!
-//! `cargo run --release -p diorama-tunnel --example throughput [RUNS [MILLISECONDS]]`
+//! `cargo run --release -p diorama-tunnel --example tunnel-throughput [RUNS [MILLISECONDS]]`
 
 use std::{error::Error, hint::black_box, net::SocketAddr, time::Duration};
 
