@@ -167,6 +167,8 @@ async fn tokens_that_are_not_good() {
     Host::joining(&etcd, "b", &once).await.unwrap();
 
     let removed = first.token(HOUR, 1).await;
+    // The token was made through another session with etcd: this one may see it a moment later.
+    shows(&first.directory, "the token", |view| view.tokens.contains_key(&removed.id)).await;
     first.directory.remove_token(&removed.id).await.unwrap();
     assert_eq!(refusal(Host::joining(&etcd, "c", &removed).await), JoinRefusal::TokenUnknown);
 
