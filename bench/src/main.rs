@@ -5,11 +5,12 @@
 //! | [`lab`] | private folders, the real `diorama` binary, and what is left behind: nothing |
 //! | [`load`] | four machines, and the traffic in them |
 //! | [`figures`] | medians, maxima, tables |
-//! | [`snapshot`], [`consistency`], [`restore`], [`store`], [`switch`], [`protect`] | one benchmark each |
+//! | [`snapshot`], [`consistency`], [`restore`], [`store`], [`collection`], [`switch`], [`protect`] | one benchmark each |
 //!
 //! Standard output carries tables, or with `--json` one JSON document; what is being done goes to standard error.
 //! Exit status: 0 measured (figures are not judged), 1 failed, or the consistency that snapshots promise is broken.
 
+mod collection;
 mod consistency;
 mod failure;
 mod figures;
@@ -63,6 +64,8 @@ enum Benchmark {
     Restore(restore::Arguments),
     /// What snapshots take in the store, and how fast they go in and come out
     Store(store::Arguments),
+    /// What collecting takes of time and memory with many snapshots and chunks
+    Collection(collection::Arguments),
     /// Frames a second through two ports, against vde_switch and a Linux bridge (as root)
     Switch(switch::Arguments),
     /// Write protection of memory in small and in huge pages (as root)
@@ -72,6 +75,9 @@ enum Benchmark {
     /// The data plane alone between two sockets, for `switch`
     #[command(hide = true)]
     DataPlane { sockets: Vec<PathBuf> },
+    /// Collecting in a process of its own, for `collection`
+    #[command(hide = true)]
+    CollectStore(collection::Collect),
 }
 
 /// Every benchmark's arguments but their defaults.
@@ -103,6 +109,7 @@ fn run(arguments: Arguments) -> Result<Vec<String>, Failure> {
         Benchmark::Consistency(arguments) => vec![consistency::run(&arguments, common)?],
         Benchmark::Restore(arguments) => vec![restore::run(&arguments, common)?],
         Benchmark::Store(arguments) => vec![store::run(&arguments, common)?],
+        Benchmark::Collection(arguments) => vec![collection::run(&arguments, common)?],
         Benchmark::Switch(arguments) => vec![switch::run(&arguments, common)?],
         Benchmark::Protect(arguments) => vec![protect::run(&arguments)?],
         Benchmark::All(_) => vec![
@@ -112,6 +119,10 @@ fn run(arguments: Arguments) -> Result<Vec<String>, Failure> {
             consistency::run(&consistency::Arguments::default(), common)?,
             snapshot::run(&snapshot::Arguments::default(), common)?,
         ],
+        Benchmark::CollectStore(arguments) => {
+            collection::collect(arguments.store())?;
+            return Ok(Vec::new());
+        }
         Benchmark::DataPlane { sockets } => {
             switch::run_data_plane(&sockets)?;
             return Ok(Vec::new());

@@ -226,10 +226,15 @@ impl Capture {
         self.read_out = true;
     }
 
-    /// Waits until the stream has come to the gate.
-    pub(crate) fn wait_for_gate(&self) {
+    /// Waits until the stream has come to the gate or to its end, for at most `limit`. Returns whether it has.
+    pub(crate) fn wait_for_gate(&self, limit: Duration) -> bool {
         let state = self.gate.state.lock().expect("nothing panics with it");
-        drop(self.gate.changed.wait_while(state, |state| !state.reached).expect("nothing panics with it"));
+        let (state, _) = self
+            .gate
+            .changed
+            .wait_timeout_while(state, limit, |state| !state.reached)
+            .expect("nothing panics with it");
+        state.reached
     }
 
     /// What opens the gate.

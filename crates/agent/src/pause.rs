@@ -59,6 +59,7 @@ impl Agent {
                 resume: Resume::Never,
                 gate: None,
                 armed: false,
+                powered_off: false,
             });
         }
         if !machines.is_empty() {

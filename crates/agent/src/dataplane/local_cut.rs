@@ -132,6 +132,8 @@ pub(crate) struct CutMachine {
     pub(crate) gate: Option<GateHandle>,
     /// Whether a live capture waits at the gate.
     pub(crate) armed: bool,
+    /// Its guest has switched it off since it was found running.
+    pub(crate) powered_off: bool,
 }
 
 /// What came of it.
@@ -182,6 +184,8 @@ pub(crate) struct CutMachineResult {
     pub(crate) migrating: bool,
     /// Whether a live capture still waits at its gate.
     pub(crate) armed: bool,
+    /// Its guest had switched it off before it was stopped: it is not to run, whatever the capture has made of it.
+    pub(crate) powered_off: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -868,6 +872,11 @@ impl Progress {
                     self.stop_event.get_or_insert(event.timestamp);
                     None
                 }
+                // Only until it is stopped: what is off cannot be switched off, and what runs again is not of the cut.
+                "SHUTDOWN" => {
+                    self.machine.powered_off |= !self.stopped;
+                    None
+                }
                 "RESUME" => {
                     self.resume_event.get_or_insert(event.timestamp);
                     self.resumed = true;
@@ -932,7 +941,9 @@ impl Progress {
 
     fn into_result(self, held_at: Time) -> CutMachineResult {
         let pause_us = match (self.stop_event, self.resume_event) {
-            (Some(stop), Some(resume)) => u64::try_from(resume.as_micros() - stop.as_micros()).unwrap_or(0),
+            (Some(stop), Some(resume)) if !self.machine.powered_off => {
+                u64::try_from(resume.as_micros() - stop.as_micros()).unwrap_or(0)
+            }
             _ => 0,
         };
         let stall_us = match (self.running, self.released_at) {
@@ -949,6 +960,7 @@ impl Progress {
             pivoted: self.pivoted,
             migrating,
             armed: self.machine.armed && !self.saving,
+            powered_off: self.machine.powered_off,
         }
     }
 }

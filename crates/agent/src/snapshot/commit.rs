@@ -14,6 +14,7 @@ use diorama_store::{
 };
 use diorama_switch::{NetworkId, PeerId, PortId};
 
+use super::frozen::CAPTURE_BOUND;
 use super::part::HostPart;
 use super::prepare::capture_error;
 use super::{Attempt, Machine};
@@ -276,9 +277,18 @@ impl Job<'_> {
         let up = &self.record.machines[index];
         let ram_path = self.ram_folder.join(&machine.name);
         let state = match capture {
-            Some(capture) => {
+            Some(capture) if machine.runs => {
                 self.wait(&capture)?;
                 capture.finish().map_err(|error| capture_error(&error))?.state
+            }
+            // Cancelled or not: there is no other of a machine at rest.
+            Some(capture) => {
+                if !capture.wait_finished(CAPTURE_BOUND) {
+                    capture.discard();
+                }
+                let state = capture.finish().map_err(|error| capture_error(&error))?.state;
+                self.agent.freeze(self.slot, &machine.name, &ram_path, &state, self.operation);
+                state
             }
             None => self.agent.thaw_copy(self.slot, &machine.name, &ram_path)?,
         };

@@ -2,16 +2,21 @@
 //!
 //! QEMU captures a stopped machine once and then refuses (its state is *postmigrate*) until it has run again. Since
 //! nothing of it can change meanwhile, its first capture serves every later snapshot: it is copied into
-//! `environments/NAME/frozen/MACHINE/` and stored again from there. When the machine is resumed, it is removed.
+//! `environments/NAME/frozen/MACHINE/` as soon as it is complete, also when the snapshot comes to nothing, and stored again
+//! from there. When the machine is resumed, it is removed.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use diorama_api::ApiError;
-use diorama_store::SnapshotId;
+use diorama_api::{ApiError, MachineState};
+use serde_json::Value;
 
 use super::Attempt;
 use crate::Agent;
-use crate::problem::{io_error, store_error};
+use crate::dataplane::CutOutcome;
+use crate::launch::COMMAND_LIMIT;
+use crate::operation::Operation;
+use crate::problem::io_error;
 use crate::record::Rest;
 use crate::slot::Slot;
 use crate::up::remove_tree;
@@ -19,27 +24,69 @@ use crate::up::remove_tree;
 const RAM: &str = "ram";
 const STATE: &str = "state";
 
+/// How long the capture of a machine that stands still may take, whether or not anybody waits for it.
+pub(super) const CAPTURE_BOUND: Duration = Duration::from_secs(120);
+
 impl Attempt<'_> {
-    /// Keeps the captures of machines that stand still.
-    pub(super) fn freeze_resting(&mut self, id: &SnapshotId) {
-        let resting: Vec<usize> = (0..self.machines.len())
-            .filter(|index| !self.machines[*index].runs && !self.machines[*index].frozen)
-            .collect();
-        for index in resting {
-            if self.record.machines[index].rest.is_none() {
-                // It shut down by itself; from now on its QEMU says only that it was captured.
-                self.record.machines[index].rest = Some(match self.states[index] {
-                    diorama_api::MachineState::Shutdown => Rest::Shutdown,
-                    _ => Rest::Paused,
-                });
+    /// Writes down which machines are captured at rest: from now on their QEMU says only that they were captured. Returns
+    /// whether the record has changed.
+    pub(super) fn note_resting(&mut self) -> bool {
+        let mut changed = false;
+        for (index, machine) in self.machines.iter().enumerate() {
+            let record = &mut self.record.machines[index];
+            if machine.runs || record.rest.is_some() || !self.agent.is_frozen(&self.slot, &machine.name) {
+                continue;
             }
-            let machine = self.machines[index].name.clone();
-            if let Err(error) = self.agent.freeze(&self.slot, &machine, id) {
-                self.operation.warn(format!(
-                    "machine {machine} cannot be captured again until it is resumed: {}",
-                    error.message
-                ));
+            record.rest = Some(match self.states[index] {
+                MachineState::Shutdown => Rest::Shutdown,
+                _ => Rest::Paused,
+            });
+            changed = true;
+        }
+        changed
+    }
+
+    /// Lets captures of machines at rest come to their end, and keeps them: their QEMU would not make another, whatever
+    /// becomes of this snapshot.
+    pub(super) fn finish_resting(&mut self) {
+        let Some(files) = &self.files else { return };
+        let folder = files.folder().to_owned();
+        for machine in self.machines.iter_mut().filter(|machine| !machine.runs && machine.migrating) {
+            if machine.capture.as_ref().is_some_and(|capture| capture.wait_finished(CAPTURE_BOUND))
+                && let Some(capture) = machine.capture.take()
+            {
+                match capture.finish() {
+                    Ok(captured) => self.agent.freeze(
+                        &self.slot,
+                        &machine.name,
+                        &folder.join(&machine.name),
+                        &captured.state,
+                        self.operation,
+                    ),
+                    Err(error) => tracing::info!(machine = machine.name, %error, "a capture at rest failed"),
+                }
             }
+        }
+    }
+
+    /// Machines that their guests have switched off just before the cut stay off. QEMU before 8.2.50 lets a machine run
+    /// after a live capture, whatever it did before.
+    pub(super) fn keep_off(&mut self, outcome: &CutOutcome) {
+        for (result, index) in
+            outcome.machines.iter().filter(|result| result.powered_off).filter_map(|result| {
+                let index = self.machines.iter().position(|machine| machine.name == result.name)?;
+                Some((result, index))
+            })
+        {
+            let mut state = self.slot.state();
+            if let Some(monitor) = state.machine(&result.name).and_then(|machine| machine.monitor.as_mut())
+                && let Err(error) = monitor.execute("stop", Value::Null, COMMAND_LIMIT)
+            {
+                tracing::warn!(machine = result.name, %error, "a machine that was switched off may run");
+            }
+            drop(state);
+            self.states[index] = MachineState::Shutdown;
+            self.record.machines[index].rest = Some(Rest::Shutdown);
         }
     }
 }
@@ -63,15 +110,24 @@ impl Agent {
         std::fs::read(&state).map_err(|error| io_error(&state, &error))
     }
 
-    fn freeze(&self, slot: &Slot, machine: &str, id: &SnapshotId) -> Result<(), ApiError> {
-        let stored = self.store.load(id).map_err(store_error)?;
+    /// Keeps the capture of a machine at rest.
+    pub(super) fn freeze(&self, slot: &Slot, machine: &str, ram: &Path, state: &[u8], operation: &Operation) {
+        if let Err(error) = self.try_freeze(slot, machine, ram, state) {
+            self.thaw(slot, machine);
+            operation.warn(format!(
+                "machine {machine} cannot be captured again until it is resumed: {}",
+                error.message
+            ));
+        }
+    }
+
+    fn try_freeze(&self, slot: &Slot, machine: &str, ram: &Path, state: &[u8]) -> Result<(), ApiError> {
         let folder = self.frozen_folder(slot, machine);
+        // What an attempt has left that failed half-way.
+        remove_tree(&folder);
         std::fs::create_dir_all(&folder).map_err(|error| io_error(&folder, &error))?;
-        let ram = folder.join(RAM);
-        let file = std::fs::File::create(&ram).map_err(|error| io_error(&ram, &error))?;
-        self.store.copy_ram(&stored, machine, &file, &mut |_, _| {}).map_err(store_error)?;
+        copy_sparse(ram, &folder.join(RAM))?;
         // The state is written last, as a whole: with it there is a frozen capture, and not before.
-        let state = self.store.read_state(&stored, machine).map_err(store_error)?;
         let (new, path) = (folder.join("state.new"), folder.join(STATE));
         std::fs::write(&new, state)
             .and_then(|()| std::fs::rename(&new, &path))

@@ -108,6 +108,8 @@ struct Machine {
     migrating: bool,
     /// A live capture waits at its gate for the machine to be stopped.
     armed: bool,
+    /// Its guest has switched it off since it was found running.
+    powered_off: bool,
 }
 
 impl Machine {
@@ -340,6 +342,7 @@ impl Attempt<'_> {
                 capture.must_be_read_out();
             }
         }
+        self.keep_off(&outcome);
         self.take_pivoted_overlays()?;
         if let Some(failure) = &outcome.failure {
             return Err(cut_error(failure));
@@ -415,7 +418,7 @@ impl Attempt<'_> {
             self.agent.cache.commit(files, &id);
         }
         self.agent.files.trim();
-        self.freeze_resting(&id);
+        self.note_resting();
         self.record.snapshot = Some(id);
         if let Err(error) = self.record.save(&self.slot.folder(&self.agent.folders)) {
             self.operation
@@ -429,6 +432,11 @@ impl Attempt<'_> {
         self.stop_recording(Vec::new());
         self.end_captures();
         self.remove_unused_overlays();
+        if self.note_resting()
+            && let Err(error) = self.record.save(&self.slot.folder(&self.agent.folders))
+        {
+            tracing::error!(error = error.message, "the record does not say which machines are at rest");
+        }
         self.files = None;
         if let Some(writer) = self.writer.take()
             && let Err(error) = writer.abort()

@@ -39,8 +39,16 @@ const CAPTURE_THREAD: &str = "bg_snapshot";
 /// How long it may take to read all memory once. Past this the pause is longer, and nothing worse.
 const READ_BOUND: Duration = Duration::from_secs(10);
 const READ_POLL: Duration = Duration::from_millis(1);
+/// How long most of a machine's memory may take to come, at the least, and for each GiB.
+const PRECOPY_BOUND: Duration = Duration::from_secs(60);
+const PRECOPY_BOUND_A_GIB: Duration = Duration::from_secs(20);
 /// Disk space that a snapshot leaves free, in bytes.
 const DISK_RESERVE_BYTES: u64 = 64 << 20;
+
+fn precopy_bound(memory_bytes: u64) -> Duration {
+    let gib = u32::try_from(memory_bytes >> 30).unwrap_or(u32::MAX);
+    PRECOPY_BOUND.saturating_add(PRECOPY_BOUND_A_GIB.saturating_mul(gib))
+}
 
 /// What one machine needs to be prepared; kept apart from the attempt so that machines are prepared side by side.
 struct Plan {
@@ -48,6 +56,8 @@ struct Plan {
     name: String,
     memory_bytes: u64,
     capture: CaptureMode,
+    /// Whether its memory is put into huge pages.
+    collapse: bool,
     ram_path: PathBuf,
     process: ProcessId,
     cut_monitor: PathBuf,
@@ -82,6 +92,7 @@ impl Attempt<'_> {
                 pivoted: false,
                 migrating: false,
                 armed: false,
+                powered_off: false,
             })
             .collect();
         let prepared = match self.prepare_machines(&ram_folder) {
@@ -103,22 +114,30 @@ impl Attempt<'_> {
     fn prepare_machines(&mut self, ram_folder: &std::path::Path) -> Result<(), ApiError> {
         let sockets = socket_folder(&self.slot, &self.agent.folders, self.record.generation);
         let folder = self.slot.folder(&self.agent.folders);
+        // Half of what is free at the most, for all machines together: untouched memory is backed then.
+        let mut huge_budget = memory_available_bytes().unwrap_or(0) / 2;
         let plans: Vec<Plan> = self
             .machines
             .iter()
             .enumerate()
             .filter(|(_, machine)| !machine.frozen)
-            .map(|(index, machine)| Plan {
-                index,
-                name: machine.name.clone(),
-                memory_bytes: self.record.specification.machines[index].memory_bytes,
-                capture: if machine.runs { self.capture } else { CaptureMode::Stop },
-                ram_path: ram_folder.join(&machine.name),
-                process: self.record.machines[index].process.into(),
-                cut_monitor: SocketPaths::new(&sockets, index).cut_monitor,
-                pivot_monitor: SocketPaths::new(&sockets, index).pivot_monitor,
-                overlay_folder: disk_folder(&folder, self.record.generation).join(&machine.name),
-                disks: self.record.disks.get(&machine.name).cloned().unwrap_or_default(),
+            .map(|(index, machine)| {
+                let memory_bytes = self.record.specification.machines[index].memory_bytes;
+                let left = huge_budget.checked_sub(memory_bytes);
+                huge_budget = left.unwrap_or(huge_budget);
+                Plan {
+                    index,
+                    name: machine.name.clone(),
+                    memory_bytes,
+                    capture: if machine.runs { self.capture } else { CaptureMode::Stop },
+                    collapse: left.is_some(),
+                    ram_path: ram_folder.join(&machine.name),
+                    process: self.record.machines[index].process.into(),
+                    cut_monitor: SocketPaths::new(&sockets, index).cut_monitor,
+                    pivot_monitor: SocketPaths::new(&sockets, index).pivot_monitor,
+                    overlay_folder: disk_folder(&folder, self.record.generation).join(&machine.name),
+                    disks: self.record.disks.get(&machine.name).cloned().unwrap_or_default(),
+                }
             })
             .collect();
         if self.capture == CaptureMode::Live {
@@ -147,6 +166,7 @@ impl Attempt<'_> {
             machine.overlays = prepared.overlays;
             machine.capture = prepared.capture;
             machine.migrating = prepared.migrating;
+            machine.powered_off = machine.runs && prepared.powered_off;
             machine.armed = machine.migrating && machine.is_captured_live(self.capture);
             match prepared.monitor {
                 Ok(monitor) => self.monitors.push(Monitors {
@@ -187,6 +207,7 @@ impl Attempt<'_> {
             tracing::error!(error = error.message, "captures were let through without a drain");
         }
         self.ready = None;
+        self.finish_resting();
         for machine in &self.machines {
             if machine.migrating && !machine.is_captured_live(self.capture) {
                 self.agent.end_migration(&self.slot, &machine.name);
@@ -229,6 +250,7 @@ impl Attempt<'_> {
         for machine in &mut self.machines {
             machine.armed = false;
         }
+        self.keep_off(&outcome);
         outcome.failure.as_ref().map_or(Ok(()), |failure| Err(cut_error(failure)))
     }
 
@@ -264,6 +286,9 @@ impl Attempt<'_> {
                 command.announce(parts).map_err(socket_error)?;
                 after_stop.push(command);
             }
+            let switched_off = monitor
+                .as_ref()
+                .is_some_and(|parts| parts.events.iter().any(|event| event.name == "SHUTDOWN"));
             if let Some(parts) = &mut monitor {
                 if machine.runs {
                     let mut command = Command::new(parts, Monitor::Cut, "stop", Value::Null);
@@ -293,6 +318,7 @@ impl Attempt<'_> {
                 },
                 gate: gate.map_err(|error| ApiError::new(ErrorKind::Io, error.to_string()))?,
                 armed: machine.armed,
+                powered_off: machine.powered_off || switched_off,
             });
         }
         let segment = running.segment;
@@ -382,6 +408,8 @@ struct Prepared {
     overlays: Vec<crate::record::LayerRecord>,
     capture: Option<Capture>,
     migrating: bool,
+    /// Its guest has switched it off already.
+    powered_off: bool,
     monitor: Result<Client, ApiError>,
     /// If it has disks.
     pivot_monitor: Option<Client>,
@@ -400,6 +428,7 @@ fn prepare_one(plan: &Plan, keeper: Option<&Keeper>) -> Prepared {
         overlays: Vec::new(),
         capture: None,
         migrating: false,
+        powered_off: false,
         monitor: Err(unprepared(&plan.name)),
         pivot_monitor: None,
     };
@@ -411,6 +440,9 @@ fn fill(plan: &Plan, keeper: Option<&Keeper>, prepared: &mut Prepared) -> Result
     let failed = |error: QmpError| qmp_error(&plan.name, &error);
     let mut monitor = Client::connect(&plan.cut_monitor, Instant::now() + COMMAND_LIMIT).map_err(failed)?;
     let live = plan.capture == CaptureMode::Live;
+    // From here on this monitor hears of it.
+    let status = monitor.execute("query-status", Value::Null, COMMAND_LIMIT).map_err(failed)?;
+    prepared.powered_off = status["status"] == "shutdown";
     let capabilities = json!({"capabilities": [
         {"capability": "events", "state": true},
         {"capability": "background-snapshot", "state": live},
@@ -476,7 +508,16 @@ fn fill(plan: &Plan, keeper: Option<&Keeper>, prepared: &mut Prepared) -> Result
         begun.map_err(failed)?;
         match gating {
             Gating::FromStart => wait_until_it_waits(plan.process.pid),
-            Gating::AfterMost | Gating::Open => capture.wait_for_gate(),
+            Gating::AfterMost | Gating::Open => {
+                let limit = precopy_bound(plan.memory_bytes);
+                if !capture.wait_for_gate(limit) {
+                    return Err(ApiError::new(
+                        ErrorKind::Machine,
+                        format!("machine {}: most of its memory did not come within {limit:?}", plan.name),
+                    )
+                    .hint("QEMU may hang: `diorama status` shows whether it answers. The machines run on"));
+                }
+            }
         }
     }
     Ok(monitor)
@@ -508,9 +549,8 @@ fn prepare_disk(
 /// Puts the machine's memory into huge pages, which takes most of the pause away; where that cannot be, the pause is
 /// longer, and nothing worse.
 fn collapse(plan: &Plan) {
-    let available = memory_available_bytes().unwrap_or(0);
-    if available / 2 < plan.memory_bytes {
-        tracing::debug!(machine = plan.name, available, "too little memory is free for huge pages");
+    if !plan.collapse {
+        tracing::debug!(machine = plan.name, "too little memory is free for huge pages");
         return;
     }
     if let Err(error) = memory::collapse(plan.process, plan.memory_bytes) {

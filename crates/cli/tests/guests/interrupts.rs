@@ -9,7 +9,7 @@ use crate::lab::{Lab, Ran, ran, refusal, until};
 use crate::traffic::{self, PAIR};
 
 /// Runs a command and interrupts it after a while.
-fn interrupted(lab: &Lab, arguments: &[&str], delay_ms: u64) -> Ran {
+pub(crate) fn interrupted(lab: &Lab, arguments: &[&str], delay_ms: u64) -> Ran {
     let command = lab.begin(arguments);
     std::thread::sleep(Duration::from_millis(delay_ms));
     let pid = Pid::from_raw(i32::try_from(command.id()).unwrap());

@@ -1,5 +1,6 @@
 //! Machines that stand still: captured so, brought back so, and fit to run again.
 
+use crate::interrupts::interrupted;
 use crate::lab::{Lab, until};
 
 const REST: &str = "\
@@ -75,5 +76,53 @@ fn resuming_after_a_capture_at_rest() {
     assert_eq!(lab.states("pair"), ["paused"; 2]);
     lab.ok(&["resume"]);
     crate::traffic::goes_on_from_here(&lab, "pair", &arrived);
+    lab.finish();
+}
+
+/// QEMU captures a machine at rest once. A snapshot that comes to nothing must not be that once.
+#[test]
+fn a_machine_at_rest_is_captured_again_after_a_failure() {
+    let lab = Lab::new();
+    lab.up(REST);
+    for machine in ["awake", "paused", "off"] {
+        lab.shell("rest", machine, "echo here > /tmp/here");
+    }
+    lab.ok(&["pause", "paused"]);
+    // Cancelled at one time or another: before the capture, within it, or when it is stored.
+    for delay_ms in [150, 300, 500, 800] {
+        let ran = interrupted(&lab, &["snapshot", "create", "nothing"], delay_ms);
+        if ran.status == Some(0) {
+            lab.ok(&["snapshot", "rm", "nothing"]);
+        }
+    }
+    lab.snapshot("rest", &["whole"]);
+    lab.verify("whole");
+    lab.ok(&["restore", "whole"]);
+    lab.ok(&["resume", "paused"]);
+    assert_eq!(lab.shell("rest", "paused", "cat /tmp/here"), "here\n");
+    lab.finish();
+}
+
+#[test]
+fn a_machine_that_is_switched_off_around_the_cut_stays_off() {
+    let lab = Lab::new();
+    let one = "name: one\nmachines:\n  only: {image: micro, memory: 96MiB}\n";
+    lab.up(one);
+    lab.shell("one", "only", "true");
+    lab.snapshot("one", &["base"]);
+    for delay in ["0.0", "0.15", "0.3", "0.45", "0.6"] {
+        lab.ok(&["restore", "base"]);
+        lab.shell("one", "only", &format!("(sleep {delay}; poweroff -f) >/dev/null 2>&1 &"));
+        lab.snapshot("one", &["moment"]);
+        until("it to be off, and not on again", || (lab.states("one") == ["shutdown"]).then_some(()));
+        // The snapshot has it on, if it was when it was cut, or off: then it is off when it is brought back.
+        let was = lab.ok(&["snapshot", "show", "moment"])["machines"][0]["state"].clone();
+        lab.ok(&["restore", "moment"]);
+        if was == "shutdown" {
+            assert_eq!(lab.states("one"), ["shutdown"], "{delay}");
+        }
+        until("it to be off", || (lab.states("one") == ["shutdown"]).then_some(()));
+        lab.ok(&["snapshot", "rm", "moment"]);
+    }
     lab.finish();
 }
