@@ -162,8 +162,21 @@ impl Lab {
     #[track_caller]
     pub fn shell(&self, environment: &str, machine: &str, line: &str) -> String {
         let ran = self.try_shell(environment, machine, line);
-        assert_eq!(ran.status, Some(0), "{environment}/{machine}: {line}: {ran:?}\n{}", self.agent_log());
+        assert_eq!(
+            ran.status,
+            Some(0),
+            "{environment}/{machine}: {line}: {ran:?}\n{}\n{}",
+            self.agent_log(),
+            self.console(environment, machine)
+        );
         ran.stdout
+    }
+
+    /// The end of what a machine has printed.
+    fn console(&self, environment: &str, machine: &str) -> String {
+        let printed = self.run(&["-e", environment, "logs", machine]).stdout;
+        let lines: Vec<&str> = printed.lines().collect();
+        format!("--- console of {machine}\n{}", lines[lines.len().saturating_sub(25)..].join("\n"))
     }
 
     /// Runs a line of shell in a machine.
