@@ -46,6 +46,7 @@ mod snapshot;
 mod snapshots;
 mod span;
 mod status;
+pub mod store_keys;
 mod takeover;
 mod up;
 mod upkeep;
@@ -53,7 +54,7 @@ mod upkeep;
 use std::sync::{Arc, OnceLock, Weak};
 
 use diorama_api::{AgentInfo, ApiError, Empty, ErrorKind, Folders, StopAgentRequest};
-use diorama_store::Store;
+use diorama_store::{OpenOptions, Store};
 use tokio::sync::Notify;
 
 pub use dataplane::switch_streams;
@@ -92,9 +93,9 @@ pub(crate) struct Agent {
 
 impl Agent {
     /// Opens the folders, and takes back what an agent before left running.
-    fn open(folders: Folders) -> Result<Arc<Self>, ApiError> {
+    fn open(folders: Folders, opening: &OpenOptions) -> Result<Arc<Self>, ApiError> {
         folders.create()?;
-        let store = Store::open(&folders.store()).map_err(problem::store_error)?;
+        let store = Store::open_with(&folders.store(), opening).map_err(problem::store_error)?;
         let cache = RamCache::open(folders.runtime(), folders.home())?;
         let files = FileCache::open(folders.home())?;
         let plane = DataPlane::start()

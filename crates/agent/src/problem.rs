@@ -58,6 +58,29 @@ pub(crate) fn store_error(error: StoreError) -> ApiError {
             "the stored data is damaged: `diorama snapshot verify` lists everything that is wrong; another snapshot \
              may be whole",
         ),
+        StoreError::KeyMissing { .. } => ApiError::new(ErrorKind::Locked, message).hint(
+            "set DIORAMA_STORE_PASSPHRASE_FILE to a file that holds the passphrase, or DIORAMA_STORE_KEY_FILE to a key file; \
+             at a terminal, commands ask",
+        ),
+        StoreError::WrongKey { .. } => ApiError::new(ErrorKind::Locked, message).hint(
+            "nothing was changed; is it the passphrase or key file of this store? DIORAMA_STORE says which store it is",
+        ),
+        StoreError::NotEncrypted { .. } => ApiError::new(ErrorKind::Locked, message).hint(
+            "if this is the store that you mean, unset DIORAMA_STORE_PASSPHRASE_FILE and DIORAMA_STORE_KEY_FILE; if you \
+             left an encrypted one here, somebody has exchanged it",
+        ),
+        StoreError::NoStore { .. } => ApiError::new(ErrorKind::NotFound, message)
+            .hint("`diorama store init --encrypt` makes one; DIORAMA_STORE says where"),
+        StoreError::AlreadyAStore { .. } => ApiError::new(ErrorKind::WrongState, message).hint(
+            "a store is encrypted from its beginning or never: name another folder in DIORAMA_STORE, or remove this one if \
+             nothing in it is needed",
+        ),
+        StoreError::NoSuchKey { .. } => {
+            ApiError::new(ErrorKind::NotFound, message).hint("`diorama store key list` shows what there is")
+        }
+        StoreError::LastKey { .. } => {
+            ApiError::new(ErrorKind::WrongState, message).hint("add another with `diorama store key add` first")
+        }
         StoreError::NotAStore { .. } | StoreError::UnsupportedStore { .. } | StoreError::UnsupportedSnapshot { .. } => {
             ApiError::new(ErrorKind::Unsupported, message)
                 .hint("another version of Diorama wrote this, or DIORAMA_HOME is not what you think")

@@ -9,10 +9,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use diorama_api::{ApiError, ErrorKind, Folders};
+use diorama_store::OpenOptions;
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::Agent;
 use crate::problem::io_error;
+use crate::store_keys::{Secret, SecretSource};
 
 /// How long an agent that was started by a command stays without environments and requests.
 const IDLE_LIMIT: Duration = Duration::from_secs(30);
@@ -33,6 +35,8 @@ pub struct Options {
     pub folders: Folders,
     /// A descriptor that is written to and closed as soon as the agent answers.
     pub ready: Option<RawFd>,
+    /// What opens the store, where it is encrypted; without one, the process's variables name it.
+    pub secret: Option<Secret>,
     /// Whether it ends by itself when there is nothing to do.
     pub exit_when_idle: bool,
 }
@@ -42,9 +46,15 @@ pub struct Options {
 /// # Errors
 /// When another agent runs with the same folders, or the folders or the socket cannot be used.
 pub fn run(options: Options) -> Result<(), ApiError> {
+    // Guests' memory and disks are nobody else's, also where the home was there before with another mode.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     options.folders.create()?;
     let _lock = lock(&options.folders)?;
-    let agent = Agent::open(options.folders.clone())?;
+    let secret = match &options.secret {
+        Some(secret) => Some(secret.clone()),
+        None => SecretSource::from_process()?.map(|source| source.read()).transpose()?,
+    };
+    let agent = Agent::open(options.folders.clone(), &OpenOptions { secret })?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         // Threads for long work are begun by others that may go before guests.

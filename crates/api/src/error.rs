@@ -30,6 +30,8 @@ pub enum ErrorKind {
     CutFailed,
     /// Stored data is damaged or missing.
     Corrupt,
+    /// The store is encrypted, and what was given, or nothing, does not open it.
+    Locked,
     /// A disk or memory file system is full.
     NoSpace,
     /// The operation was cancelled and undone.

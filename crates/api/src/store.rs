@@ -157,3 +157,67 @@ pub struct PrunedSnapshot {
     /// The rules that keep it: `last`, `hourly`, …; empty for one that goes.
     pub kept_by: Vec<String>,
 }
+
+/// `diorama store init`: a store that has been made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreInitReport {
+    /// Where it is.
+    pub store: String,
+    /// Whether everything in it is encrypted.
+    pub encrypted: bool,
+    /// What opens it.
+    pub key: Option<StoreKey>,
+}
+
+/// One way into an encrypted store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreKey {
+    /// Its id.
+    pub id: String,
+    /// What it is.
+    pub kind: StoreKeyKind,
+    /// What whoever added it called it; may be empty.
+    pub label: String,
+    /// When (RFC 3339, UTC).
+    pub created: String,
+}
+
+/// What opens a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StoreKeyKind {
+    /// Something that somebody remembers.
+    Passphrase,
+    /// A file of random bytes.
+    KeyFile,
+}
+
+/// `diorama store key list`: who can open the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreKeyList {
+    /// Oldest first.
+    pub keys: Vec<StoreKey>,
+    /// What is wrong with those that are damaged.
+    pub damaged: Vec<String>,
+}
+
+/// `diorama store key add`: a key that has been added.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreKeyAdded {
+    /// The key.
+    pub added: StoreKey,
+}
+
+/// `diorama store key rm`: a key that has been removed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreKeyRemoved {
+    /// Its id.
+    pub removed: String,
+}
+
+/// `diorama store key new`: a key file that has been made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewKeyFileReport {
+    /// Where it is.
+    pub file: String,
+}

@@ -4,11 +4,15 @@
 //! through a pipe (`--ready-fd`): it writes a byte, or closes its end, once it listens. When it dies first, the pipe
 //! closes too, and nothing listens: that is how the two are told apart. There is one deadline and no polling.
 //!
+//! An agent that finds its store encrypted, and nothing named that opens it, says that through the same pipe. Then a
+//! person is asked for the passphrase, and the next agent reads it from a pipe: it never stands in an argument, a
+//! variable or the log.
+//!
 //! Invariant: a lock is held from before the second look at the socket until the agent is ready, so that two commands
 //! do not start two agents.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
@@ -17,7 +21,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use diorama_api::{ErrorKind, Folders};
+use diorama_agent::store_keys::SecretSource;
+use diorama_api::{ApiError, ErrorKind, Folders};
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
@@ -25,6 +30,7 @@ use nix::unistd::Pid;
 
 use crate::failure::Failure;
 use crate::output::Output;
+use crate::secret::Terminal;
 
 /// How long an agent may take until it listens. It takes its machines back first, which is milliseconds for each, but
 /// for captures that an agent before it left under way: those are read to their ends.
@@ -32,6 +38,9 @@ const READY_DEADLINE: Duration = Duration::from_secs(180);
 
 /// How long an agent that failed may take until its process is gone.
 const END_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How often a passphrase is asked for.
+const ATTEMPTS: usize = 3;
 
 /// How much of the log an error shows.
 const LOG_LINES: usize = 10;
@@ -55,7 +64,25 @@ pub fn ensure(folders: &Folders, output: &Output) -> Result<(), Failure> {
         return Ok(());
     }
     output.detail(|| format!("starting the agent; its log is {}", folders.agent_log().display()));
-    start(folders)
+    match start(folders, None) {
+        Err(Start::Locked(error)) => unlock(folders, error),
+        started => started.map_err(Start::into_failure),
+    }
+}
+
+/// The store is encrypted, and nothing that opens it was named: asks for the passphrase.
+fn unlock(folders: &Folders, mut error: ApiError) -> Result<(), Failure> {
+    // What was named and is wrong stays wrong.
+    let named = SecretSource::from_process()?.is_some();
+    let Some(mut terminal) = Terminal::open()?.filter(|_| !named) else { return Err(error.into()) };
+    for _ in 0..ATTEMPTS {
+        let typed = terminal.ask(&format!("Passphrase of the store {}: ", folders.store().display()))?;
+        match start(folders, Some(&typed)) {
+            Err(Start::Locked(wrong)) => error = wrong,
+            started => return started.map_err(Start::into_failure),
+        }
+    }
+    Err(error.into())
 }
 
 fn listens(folders: &Folders) -> Result<bool, Failure> {
@@ -73,7 +100,30 @@ fn listens(folders: &Folders) -> Result<bool, Failure> {
     }
 }
 
-fn start(folders: &Folders) -> Result<(), Failure> {
+/// Why no agent was started.
+enum Start {
+    /// Nothing opens the store, or not what was given.
+    Locked(ApiError),
+    Failed(Failure),
+}
+
+impl Start {
+    fn into_failure(self) -> Failure {
+        match self {
+            Self::Locked(error) => error.into(),
+            Self::Failed(failure) => failure,
+        }
+    }
+}
+
+impl From<Failure> for Start {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+/// Starts an agent; it gets the store's passphrase, where there is one, through a pipe.
+fn start(folders: &Folders, passphrase: Option<&[u8]>) -> Result<(), Start> {
     let failed = |error: io::Error| Failure::io(format!("cannot start the agent: {error}"));
     let log_path = folders.agent_log();
     let log = open_private(&log_path, false)
@@ -83,7 +133,8 @@ fn start(folders: &Folders) -> Result<(), Failure> {
     // Only this end goes to the agent; this program has no other thread that could start a process now.
     fcntl(&tell_ready, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|error| failed(error.into()))?;
 
-    let agent = Command::new(std::env::current_exe().map_err(failed)?)
+    let mut agent = Command::new(std::env::current_exe().map_err(failed)?);
+    agent
         .args(["agent", "--ready-fd", &tell_ready.as_raw_fd().to_string()])
         // The folders as this process sees them: the agent's current folder is another.
         .env("DIORAMA_HOME", folders.home())
@@ -92,27 +143,47 @@ fn start(folders: &Folders) -> Result<(), Failure> {
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(log.try_clone().map_err(failed)?)
-        .stderr(log)
-        .spawn()
-        .map_err(failed)?;
+        .stderr(log);
+    if let Some(source) = SecretSource::from_process().map_err(Failure::from)? {
+        let (name, path) = source.variable().map_err(Failure::from)?;
+        agent.env(name, path);
+    }
+    if passphrase.is_some() {
+        agent.arg("--passphrase-stdin").stdin(Stdio::piped());
+    }
+    let mut agent = agent.spawn().map_err(failed)?;
     drop(tell_ready);
+    if let (Some(passphrase), Some(mut stdin)) = (passphrase, agent.stdin.take()) {
+        // An agent that has died already says so below.
+        let _ = stdin.write_all(passphrase);
+    }
 
     let in_time = wait_readable(&ready).map_err(failed)?;
     if in_time && listens(folders)? {
         return Ok(());
     }
+    // What it had to say of itself, if anything; whoever holds the other end has ended, or is about to be.
+    let mut said = Vec::new();
+    if in_time {
+        let _ = File::from(ready).take(LOG_BYTES).read_to_end(&mut said);
+    }
     let how = end(agent, in_time);
+    if let Ok(error) = serde_json::from_slice::<ApiError>(&said)
+        && error.kind == ErrorKind::Locked
+    {
+        return Err(Start::Locked(error));
+    }
     let said = log_tail(&log_path, log_start);
     let message = if said.is_empty() {
         format!("the agent could not be started: {how}")
     } else {
         format!("the agent could not be started: {how}. Its last words:\n{said}")
     };
-    Err(Failure::new(
+    Err(Start::Failed(Failure::new(
         ErrorKind::Agent,
         message,
         format!("its log is {}; `diorama doctor` says what this computer lacks", log_path.display()),
-    ))
+    )))
 }
 
 /// Waits until the agent has written to the pipe or closed it. Whether that was before the deadline.

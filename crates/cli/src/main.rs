@@ -19,6 +19,7 @@ mod failure;
 mod output;
 mod progress;
 mod quantity;
+mod secret;
 mod session;
 
 use std::process::ExitCode;

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::address::Address;
 use crate::backend::Object;
-use crate::error::{Damage, StoreError};
+use crate::error::StoreError;
 use crate::id::SnapshotId;
 use crate::manifest::{Bytes, Manifest, Receipt};
 use crate::root::Store;
@@ -145,12 +145,7 @@ impl Store {
 
     /// Whether there is such a snapshot, damaged or not.
     pub fn exists(&self, id: &SnapshotId) -> Result<bool, StoreError> {
-        match self.backend().read_range(&manifest_key(id), 0, &mut [0]) {
-            Ok(()) => Ok(true),
-            Err(StoreError::Corrupt { damage: Damage::Missing, .. }) => Ok(false),
-            Err(error) if error.is_damage() => Ok(true),
-            Err(error) => Err(error),
-        }
+        Ok(self.backend().length(&manifest_key(id))?.is_some())
     }
 
     /// The snapshot that a user means by `environment/name`, a name, an id, or at least four digits of one.

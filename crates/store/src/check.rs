@@ -91,6 +91,11 @@ impl Store {
         // Snapshots before packs: what they need was there before them.
         let ids = self.ids()?;
         let mut lost = HashSet::new();
+        if let Some(keyring) = self.keyring() {
+            for damage in keyring.slots()?.1 {
+                report.add(damage)?;
+            }
+        }
         self.check_packs(options, &mut report, &mut lost, progress)?;
         let mut manifests = Vec::new();
         for id in ids {

@@ -48,6 +48,62 @@ pub enum StoreError {
         /// What this program writes.
         expected: &'static str,
     },
+    /// The store is encrypted, and there is nothing to open it with.
+    #[error("the store {} is encrypted, and no passphrase or key file was given", path.display())]
+    KeyMissing {
+        /// The store.
+        path: PathBuf,
+    },
+    /// The store is encrypted, and not for this passphrase or key file.
+    #[error("this {secret} does not open the store {} (which has {slots} for a {secret})", path.display())]
+    WrongKey {
+        /// The store.
+        path: PathBuf,
+        /// A passphrase or a key file.
+        secret: &'static str,
+        /// How many key slots were tried.
+        slots: usize,
+    },
+    /// Something to open a store with was given, and the store is open to everybody: it is not the one that was meant,
+    /// or somebody has put it there.
+    #[error("a passphrase or key file was given, but the store {} is not encrypted", path.display())]
+    NotEncrypted {
+        /// The store.
+        path: PathBuf,
+    },
+    /// Something to open a store with was given, and there is none.
+    #[error("a passphrase or key file was given, but there is no store in {}", path.display())]
+    NoStore {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// There is a store already where one was to be made.
+    #[error("there is a store in {} already", path.display())]
+    AlreadyAStore {
+        /// The store.
+        path: PathBuf,
+    },
+    /// No key slot, or more than one, has an id that begins so.
+    #[error("no key of the store, or more than one, has an id that begins with {id:?}")]
+    NoSuchKey {
+        /// What was asked for.
+        id: String,
+    },
+    /// Without this key slot nobody could open the store any more.
+    #[error("{id} is the last key of the store: without it nobody could read it any more")]
+    LastKey {
+        /// The slot.
+        id: String,
+    },
+    /// A store has a bounded number of key slots.
+    #[error("the store has {most} keys, and can have no more")]
+    TooManyKeys {
+        /// How many.
+        most: usize,
+    },
+    /// A passphrase cannot be hashed at this cost.
+    #[error("a passphrase cannot be hashed with so much or so little memory, passes and lanes")]
+    BadKeyCost,
     /// A snapshot that another version of Diorama wrote.
     #[error("snapshot {} has format {found:?}; this program knows {expected:?}", id.short())]
     UnsupportedSnapshot {
@@ -245,6 +301,13 @@ pub enum Damage {
         /// The chunk.
         address: Address,
     },
+    /// It cannot be decrypted: it was changed, or sealed under another key, or is another object.
+    Seal {
+        /// Where the first piece starts that cannot; `None` where it is one piece.
+        offset: Option<u64>,
+    },
+    /// It is no key slot of this store, or not as it was made.
+    KeySlot,
     /// A node of a tree, whose hash is right, has another number of children than its place has.
     Node {
         /// The node.
@@ -275,6 +338,9 @@ impl fmt::Display for Damage {
             Self::Manifest(problem) => write!(f, "{problem}"),
             Self::Pack(problem) => write!(f, "{problem}"),
             Self::NoChunk { address } => write!(f, "no pack holds chunk {}", address.short()),
+            Self::Seal { offset: Some(at) } => write!(f, "it cannot be decrypted at offset {at}"),
+            Self::Seal { offset: None } => write!(f, "it cannot be decrypted"),
+            Self::KeySlot => write!(f, "it is no key of this store, or has changed"),
             Self::Node { address } => write!(f, "node {} does not fit its place", address.short()),
         }
     }

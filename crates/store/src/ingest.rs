@@ -18,6 +18,7 @@ use crate::error::StoreError;
 use crate::fetch::NodeCache;
 use crate::pack::{GroupBuilder, PackBuilder, PackId, PackKind, SealedGroup, Table};
 use crate::root::{Store, pack_key};
+use crate::seal::random_bytes;
 use crate::tree::{self, Builder, Place, Shape, Visitor};
 
 /// How many locks the set of claimed chunks has: more than there are threads.
@@ -126,7 +127,7 @@ impl Target {
         let packer = if kind == PackKind::Data { &self.data } else { &self.tree };
         let full = {
             let mut open = lock(&packer.open);
-            let mut pack = open.take().unwrap_or_else(|| PackBuilder::new(packer.kind, random()));
+            let mut pack = open.take().unwrap_or_else(|| PackBuilder::new(packer.kind, random_bytes()));
             pack.add(group);
             if !pack.is_full() {
                 *open = Some(pack);
@@ -304,16 +305,6 @@ impl Visitor for Seen<'_> {
         self.missing |= !self.store.index().is_usable(address);
         Ok(())
     }
-}
-
-/// Sixteen bytes that nobody has had before.
-fn random() -> [u8; 16] {
-    use std::hash::{BuildHasher, RandomState};
-    let mut bytes = [0; 16];
-    // Each RandomState has keys of its own, which the system's random numbers began.
-    bytes[..8].copy_from_slice(&RandomState::new().hash_one(std::process::id()).to_le_bytes());
-    bytes[8..].copy_from_slice(&RandomState::new().hash_one(std::time::SystemTime::now()).to_le_bytes());
-    bytes
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! format                       names the layout; refused when unknown
+//! keys/<slot>                  of an encrypted store: who can open it
 //! packs/<hash of its table>    many chunks: pages, clusters, nodes of trees
 //! snapshots/<id>.json          a manifest; its BLAKE3 hash is the snapshot's id
 //! names/<environment>/<name>   which snapshot has this name
@@ -22,7 +23,8 @@
 //! | module | does |
 //! | --- | --- |
 //! | `tree`, `pack`, `index`, `frames`, `manifest`, `retention` | pure: shapes, bytes, rules |
-//! | `backend` | objects by key, durable and whole |
+//! | `backend` | objects by key, durable and whole; `sealed`: the same, encrypted |
+//! | `seal`, `keys` | encryption: what a sealed object is, and who can open it |
 //! | `write`, `ingest` | a snapshot in the making |
 //! | `fetch`, `read` | from addresses back to contents |
 //! | `catalog`, `remove`, `diff`, `verify` | one snapshot, or two |
@@ -31,6 +33,7 @@
 //! # Invariants
 //!
 //! * A snapshot is there when its manifest is, and not before; everything that it needs is durable by then.
+//! * An encrypted store is so from its first object on: what is below its backend is sealed but `format` and `keys/`.
 //! * No object is changed in place, and no key of a pack is ever used twice.
 //! * What is in the store is hostile until its hash has been checked, and its claims until they are in bounds:
 //!   nothing is handed out or allocated before.
@@ -50,6 +53,7 @@ mod frames;
 mod id;
 mod index;
 mod ingest;
+mod keys;
 mod known;
 mod manifest;
 mod pack;
@@ -57,6 +61,7 @@ mod read;
 mod remove;
 mod retention;
 mod root;
+mod seal;
 mod stats;
 mod tree;
 mod verify;
@@ -71,6 +76,7 @@ pub use error::{Damage, StoreError};
 pub use files::{Linked, link_file};
 pub use frames::{FramesError, MAX_FRAME_BYTES, MAX_FRAMES, MAX_FRAMES_FILE_BYTES, StoredFrame};
 pub use id::{ParseIdError, SnapshotId};
+pub use keys::{KeySlot, Keyring, PassphraseCost, Secret, SecretError};
 pub use manifest::{
     Accounting, BaseRecord, Bytes, Capture, CutRecord, DiskRecord, Dropped, FORMAT, FileRecord, Hardware,
     InFlightPolicy, LayerFormat, LayerRecord, LearnedRecord, MachineRecord, MachineState, Manifest,
@@ -78,7 +84,8 @@ pub use manifest::{
 };
 pub use pack::{PackError, PackId};
 pub use retention::{Policy, Verdict};
-pub use root::Store;
+pub use root::{OpenOptions, Store};
+pub use seal::random_key;
 pub use stats::Stats;
 pub use tree::{CLUSTER_BYTES, PAGE_BYTES, Shape};
 pub use verify::{AccountingCheck, Problem, ProblemKind, VerifyReport};

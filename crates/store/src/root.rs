@@ -6,20 +6,24 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::backend::folder::Folder;
+use crate::backend::sealed::Sealed;
 use crate::backend::{Backend, Recovered};
 use crate::catalog::Summaries;
 use crate::error::{Damage, StoreError};
 use crate::files;
 use crate::index::Index;
+use crate::keys::{self, KEYS, Keyring, PassphraseCost, Secret};
 use crate::known::KnownRoots;
 use crate::pack::{self, FOOTER_BYTES, MAGIC, PACK_BYTES_MAX, PackError, PackId, Table};
 use crate::write::Writer;
 
 const FORMAT: &str = "diorama-store/1";
+/// The same, with everything sealed.
+const FORMAT_ENCRYPTED: &str = "diorama-store/1+encrypted";
 const FORMAT_KEY: &str = "format";
 /// Everything that a store's folder may have in it.
-const OURS: [&str; 9] =
-    ["format", "lock", "incoming", "packs", "doomed", "snapshots", "names", "receipts", "cache"];
+const OURS: [&str; 10] =
+    ["format", "lock", "incoming", "packs", "doomed", "snapshots", "names", "receipts", "cache", KEYS];
 /// Where packs are.
 pub(crate) const PACKS: &str = "packs";
 /// Where there is an empty object for each pack that is about to go.
@@ -39,6 +43,16 @@ struct Inner {
     summaries: Mutex<Summaries>,
     /// Read while a part is fetched; written while packs are removed.
     fetching: RwLock<()>,
+    /// Of an encrypted store.
+    keyring: Option<Keyring>,
+}
+
+/// How a store is opened.
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    /// What opens it: an encrypted store needs it, and no other is opened with it. Then, too, no store is made where
+    /// there is none.
+    pub secret: Option<Secret>,
 }
 
 /// A pack that the index could not take in.
@@ -51,13 +65,80 @@ pub(crate) struct BadPack {
 impl Store {
     /// Opens the store in this folder, makes it where there is none, and removes what a crash has left.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
+        Self::open_with(root, &OpenOptions::default())
+    }
+
+    /// The same, where it may be encrypted.
+    pub fn open_with(root: &Path, options: &OpenOptions) -> Result<Self, StoreError> {
         files::create_folders(root)?;
-        Self::with_backend(Arc::new(Folder::open(root)?))
+        Self::open_in(Arc::new(Folder::open(root)?), options)
+    }
+
+    /// The store that is in this backend, made where there is none.
+    pub fn with_backend(backend: Arc<dyn Backend>) -> Result<Self, StoreError> {
+        Self::open_in(backend, &OpenOptions::default())
+    }
+
+    /// The same, where it may be encrypted.
+    pub fn open_in(backend: Arc<dyn Backend>, options: &OpenOptions) -> Result<Self, StoreError> {
+        let keyring = match find_format(&*backend)? {
+            Found::Plain if options.secret.is_some() => {
+                return Err(StoreError::NotEncrypted { path: backend.locate("") });
+            }
+            Found::Nothing if options.secret.is_some() => {
+                return Err(StoreError::NoStore { path: backend.locate("") });
+            }
+            Found::Plain => None,
+            Found::Nothing => {
+                write_format(&*backend, FORMAT)?;
+                None
+            }
+            Found::Encrypted => {
+                let missing = || StoreError::KeyMissing { path: backend.locate("") };
+                let secret = options.secret.as_ref().ok_or_else(missing)?;
+                let keyring = Keyring::open(Arc::clone(&backend), secret)?;
+                write_format(&*backend, FORMAT_ENCRYPTED)?;
+                Some(keyring)
+            }
+        };
+        Self::with_keyring(backend, keyring)
+    }
+
+    /// Makes an encrypted store in this folder, which this secret opens. There must be none.
+    pub fn create_encrypted(
+        root: &Path,
+        secret: &Secret,
+        cost: PassphraseCost,
+        label: &str,
+    ) -> Result<Self, StoreError> {
+        files::create_folders(root)?;
+        Self::create_encrypted_in(Arc::new(Folder::open(root)?), secret, cost, label)
     }
 
     /// The same in any backend.
-    pub fn with_backend(backend: Arc<dyn Backend>) -> Result<Self, StoreError> {
-        check_format(&*backend)?;
+    pub fn create_encrypted_in(
+        backend: Arc<dyn Backend>,
+        secret: &Secret,
+        cost: PassphraseCost,
+        label: &str,
+    ) -> Result<Self, StoreError> {
+        match find_format(&*backend)? {
+            Found::Nothing => {}
+            Found::Plain | Found::Encrypted => {
+                return Err(StoreError::AlreadyAStore { path: backend.locate("") });
+            }
+        }
+        // The slot first: from then on nobody takes it for a store without a key.
+        let keyring = Keyring::make(Arc::clone(&backend), secret, cost, label)?;
+        write_format(&*backend, FORMAT_ENCRYPTED)?;
+        Self::with_keyring(backend, Some(keyring))
+    }
+
+    fn with_keyring(below: Arc<dyn Backend>, keyring: Option<Keyring>) -> Result<Self, StoreError> {
+        let backend: Arc<dyn Backend> = match &keyring {
+            Some(keyring) => Arc::new(Sealed::new(below, keyring.master())),
+            None => below,
+        };
         let seed = RandomState::new().hash_one(std::process::id());
         let store = Self {
             inner: Arc::new(Inner {
@@ -66,6 +147,7 @@ impl Store {
                 known: KnownRoots::default(),
                 summaries: Mutex::default(),
                 fetching: RwLock::default(),
+                keyring,
             }),
         };
         for error in &store.recover()?.failed {
@@ -94,6 +176,11 @@ impl Store {
     /// How much may still be written, in bytes; as much as one likes where that is not known.
     pub fn free_bytes(&self) -> Result<u64, StoreError> {
         Ok(self.backend().free_bytes()?.unwrap_or(u64::MAX))
+    }
+
+    /// The keys of an encrypted store; `None` where it is not encrypted.
+    pub fn keyring(&self) -> Option<&Keyring> {
+        self.inner.keyring.as_ref()
     }
 
     pub(crate) fn backend(&self) -> &dyn Backend {
@@ -192,26 +279,42 @@ pub(crate) fn doomed_key(id: &PackId) -> String {
     format!("{DOOMED}/{id}")
 }
 
-fn check_format(backend: &dyn Backend) -> Result<(), StoreError> {
-    let found = match backend.read(FORMAT_KEY, 256)? {
-        Some(found) => found,
-        None => {
-            // Making a store may have been interrupted at any step; anything else than its traces is not ours.
-            let ours = |name: &str| OURS.contains(&name) || name.starts_with(".tmp");
-            if backend.list("")?.iter().any(|object| !ours(&object.name)) {
-                return Err(StoreError::NotAStore { path: backend.locate("") });
-            }
-            let text = format!("{FORMAT}\n");
-            if backend.create(FORMAT_KEY, text.as_bytes())? {
-                return Ok(());
-            }
-            // Somebody else was faster.
-            backend.read(FORMAT_KEY, 256)?.unwrap_or_default()
+/// What is where a store should be.
+enum Found {
+    /// Nothing, or what is left of making a store.
+    Nothing,
+    Plain,
+    Encrypted,
+}
+
+fn find_format(backend: &dyn Backend) -> Result<Found, StoreError> {
+    let Some(found) = backend.read(FORMAT_KEY, 256)? else {
+        // Making a store may have been interrupted at any step; anything else than its traces is not ours.
+        let ours = |name: &str| OURS.contains(&name) || name.starts_with(".tmp");
+        if backend.list("")?.iter().any(|object| !ours(&object.name)) {
+            return Err(StoreError::NotAStore { path: backend.locate("") });
         }
+        return Ok(if keys::exist(backend)? { Found::Encrypted } else { Found::Nothing });
     };
     let found = String::from_utf8_lossy(&found).trim_end().to_owned();
-    if found == FORMAT {
+    match &*found {
+        FORMAT => Ok(Found::Plain),
+        FORMAT_ENCRYPTED => Ok(Found::Encrypted),
+        _ => Err(StoreError::UnsupportedStore { path: backend.locate(""), found, expected: FORMAT }),
+    }
+}
+
+/// Writes it, if nobody has.
+fn write_format(backend: &dyn Backend, format: &str) -> Result<(), StoreError> {
+    // Read first: mostly it is there, and creating costs more.
+    if backend.read(FORMAT_KEY, 256)?.is_none() {
+        backend.create(FORMAT_KEY, format!("{format}\n").as_bytes())?;
+    }
+    let found = backend.read(FORMAT_KEY, 256)?.unwrap_or_default();
+    let found = String::from_utf8_lossy(&found).trim_end().to_owned();
+    if found == format {
         return Ok(());
     }
-    Err(StoreError::UnsupportedStore { path: backend.locate(""), found, expected: FORMAT })
+    // Somebody else was faster, with another.
+    Err(StoreError::AlreadyAStore { path: backend.locate("") })
 }

@@ -1,11 +1,11 @@
 //! `diorama agent`.
 
-use std::io::IsTerminal;
-use std::os::fd::{BorrowedFd, RawFd};
+use std::io::{IsTerminal, Read, Write};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
-use diorama_api::{ClientError, ErrorKind, Folders, StopAgentRequest};
+use diorama_api::{ApiError, ClientError, ErrorKind, Folders, StopAgentRequest};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
@@ -16,6 +16,9 @@ use crate::session::{self, Session};
 
 /// How long an agent that has promised to end may take.
 const STOP_DEADLINE: Duration = Duration::from_secs(30);
+
+/// More than any passphrase has.
+const PASSPHRASE_BYTES_MAX: usize = 4096;
 
 /// Run the agent: the daemon that holds the switch, the machines and the API
 ///
@@ -37,6 +40,10 @@ pub struct Arguments {
     /// Write to, and close, this file descriptor when the agent listens
     #[arg(long, value_name = "N", hide = true, value_parser = clap::value_parser!(RawFd).range(3..))]
     ready_fd: Option<RawFd>,
+
+    /// Read the store's passphrase from standard input
+    #[arg(long, hide = true)]
+    passphrase_stdin: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -84,11 +91,11 @@ pub fn run(arguments: Arguments, output: &Output, started: Instant) -> Result<u8
             })?;
             Ok(0)
         }
-        None => serve(arguments.ready_fd, output),
+        None => serve(arguments.ready_fd, arguments.passphrase_stdin, output),
     }
 }
 
-fn serve(ready_fd: Option<RawFd>, output: &Output) -> Result<u8, Failure> {
+fn serve(ready_fd: Option<RawFd>, passphrase_stdin: bool, output: &Output) -> Result<u8, Failure> {
     let ready = ready_fd.map(adopt).transpose()?;
     if ready.is_some() {
         // A command started this: it must not end with that command's terminal.
@@ -112,11 +119,35 @@ fn serve(ready_fd: Option<RawFd>, output: &Output) -> Result<u8, Failure> {
         .init();
     // An agent that was started by itself also ends by itself.
     let exit_when_idle = ready.is_some();
-    diorama_agent::run(diorama_agent::Options { folders, ready, exit_when_idle })?;
+    let secret = if passphrase_stdin {
+        let mut typed = Vec::with_capacity(PASSPHRASE_BYTES_MAX);
+        let read = std::io::stdin().take(PASSPHRASE_BYTES_MAX as u64).read_to_end(&mut typed);
+        read.map_err(|error| Failure::io(format!("cannot read the passphrase: {error}")))?;
+        Some(diorama_agent::store_keys::passphrase(typed)?)
+    } else {
+        None
+    };
+    let ended = diorama_agent::run(diorama_agent::Options { folders, ready, secret, exit_when_idle });
+    if let (Err(error), Some(ready)) = (&ended, ready)
+        && error.kind == ErrorKind::Locked
+    {
+        tell(ready, error);
+    }
+    ended?;
     if output.json() {
         output.result(&Stopped { stopped: true, pid: Some(std::process::id()) }, String::new)?;
     }
     Ok(0)
+}
+
+/// Tells the starting command why there is no agent: it may know what opens the store.
+fn tell(ready: RawFd, error: &ApiError) {
+    // SAFETY: the agent has not come so far as to listen, and so has neither used nor closed it.
+    let mut ready = std::fs::File::from(unsafe { OwnedFd::from_raw_fd(ready) });
+    if let Ok(document) = serde_json::to_vec(error) {
+        // A starter that has gone does not matter.
+        let _ = ready.write_all(&document);
+    }
 }
 
 /// Keeps the descriptor that the starting command passed from QEMU. The agent takes it over.

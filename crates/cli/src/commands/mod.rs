@@ -84,6 +84,9 @@ pub fn run(
             session::run(named, output, started, async |session| snapshot::run(command, session).await)
         }
         Command::Store(command) => {
+            if let Some(done) = store::run_alone(&command, output) {
+                return done;
+            }
             session::run(named, output, started, async |session| store::run(command, session).await)
         }
         Command::Restore(arguments) => {

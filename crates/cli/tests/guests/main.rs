@@ -5,6 +5,7 @@
 //! `make images`, found where the program itself looks.
 
 mod disks;
+mod encryption;
 mod faults;
 mod hosts;
 mod interrupts;

@@ -14,6 +14,7 @@ use std::time::SystemTime;
 use crate::error::StoreError;
 
 pub mod folder;
+pub(crate) mod sealed;
 
 /// An object in a list.
 #[derive(Debug, Clone, PartialEq, Eq)]

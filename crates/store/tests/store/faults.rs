@@ -15,13 +15,15 @@ fn at_every_position(
     prepare: fn(&Sample) -> Vec<(SnapshotId, u8)>,
     work: fn(&Sample, &Store) -> Result<(), StoreError>,
 ) {
-    for fault in [Fault::Before, Fault::After, Fault::Dead] {
+    for (fault, make) in
+        [(Fault::Before, BOTH[0]), (Fault::After, BOTH[0]), (Fault::Dead, BOTH[0]), (Fault::After, BOTH[1])]
+    {
         for position in 0.. {
-            let sample = Sample::new();
+            let sample = make();
             let before = prepare(&sample);
             let board = Switchboard::new(fault);
             let folder = Arc::new(Folder::open(&sample.root()).unwrap());
-            let faulty = Store::with_backend(Faulty::new(folder, &board)).unwrap();
+            let faulty = Store::open_in(Faulty::new(folder, &board), &sample.options).unwrap();
             board.arm(position);
             let result = work(&sample, &faulty);
             drop(faulty);

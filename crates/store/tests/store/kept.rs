@@ -10,8 +10,22 @@ use diorama_store::*;
 
 use crate::sample::*;
 
-fn kept(format: u32) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/store/kept/format-{format}"))
+/// What is kept; the encrypted ones open with this sample's key.
+const KEPT: [&str; 2] = ["format-1", "format-1-encrypted"];
+
+fn kept(format: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/store/kept").join(format)
+}
+
+fn copy(from: &Path, to: &Path) {
+    if from.is_file() {
+        fs::copy(from, to).unwrap();
+        return;
+    }
+    fs::create_dir_all(to).unwrap();
+    for file in fs::read_dir(from).unwrap().map(Result::unwrap) {
+        copy(&file.path(), &to.join(file.file_name()));
+    }
 }
 
 /// Pages of text, zeros between them, and two that are alike.
@@ -27,22 +41,12 @@ fn memory() -> fs::File {
 
 #[test]
 fn each_format_restores() {
-    for format in 1..=1 {
+    for format in KEPT {
         // A copy: opening a store may tidy it up.
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-        for entry in ["format", "packs", "snapshots", "names/pair"] {
-            let from = kept(format).join(entry);
-            let to = folder.path().join(entry);
-            if from.is_file() {
-                fs::copy(&from, &to).unwrap();
-                continue;
-            }
-            fs::create_dir_all(&to).unwrap();
-            for file in fs::read_dir(&from).unwrap().map(Result::unwrap) {
-                fs::copy(file.path(), to.join(file.file_name())).unwrap();
-            }
-        }
-        let store = Store::open(folder.path()).unwrap();
+        copy(&kept(format), folder.path());
+        let secret = format.ends_with("encrypted").then(|| key(1));
+        let store = Store::open_with(folder.path(), &OpenOptions { secret }).unwrap();
         let report = store.check(CheckOptions { read_data: true, repair: false }, &mut none).unwrap();
         assert!(report.is_sound() && report.snapshots == 1, "format {format}: {report:?}");
         let id = store.find_name("pair", "kept").unwrap().unwrap();
@@ -61,7 +65,13 @@ fn each_format_restores() {
 #[test]
 #[ignore = "writes the store of the present format into the source tree"]
 fn write() {
-    let sample = Sample::new();
+    KEPT.iter().zip(BOTH).for_each(|(format, make)| write_one(format, make()));
+}
+
+fn write_one(format: &str, sample: Sample) {
+    if kept(format).exists() {
+        return;
+    }
     let template = {
         let writer = sample.store.begin().unwrap();
         sample.put_all(&writer, "kept", 1).unwrap()
@@ -78,10 +88,11 @@ fn write() {
     manifest.frames = writer.put_frames(&frames(1)).unwrap();
     manifest.bytes = writer.seal().unwrap();
     writer.commit(manifest).unwrap();
-    let status = std::process::Command::new("cp").arg("-r").arg(sample.root()).arg(kept(1)).status().unwrap();
+    let status =
+        std::process::Command::new("cp").arg("-r").arg(sample.root()).arg(kept(format)).status().unwrap();
     assert!(status.success());
     for left in ["lock", "incoming"] {
-        let path = kept(1).join(left);
+        let path = kept(format).join(left);
         fs::remove_file(&path).or_else(|_| fs::remove_dir(&path)).unwrap();
     }
 }

@@ -3,6 +3,7 @@
 mod collection;
 mod crash;
 mod damage;
+mod encryption;
 mod faults;
 mod faulty;
 mod full_disk;

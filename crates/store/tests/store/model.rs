@@ -61,8 +61,8 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_store_is_a_map_of_snapshots(steps in prop::collection::vec(step(), 1..14)) {
-        let sample = Sample::new();
+    fn a_store_is_a_map_of_snapshots(kind in 0..2_usize, steps in prop::collection::vec(step(), 1..14)) {
+        let sample = BOTH[kind]();
         let mut store = sample.reopened();
         let template = {
             let writer = store.begin().unwrap();

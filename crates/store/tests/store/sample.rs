@@ -17,6 +17,14 @@ pub const USED: [(u64, u64); 3] = [(8192, 4096), (3 * MIB - 4096, 8192), (RAM_BY
 pub struct Sample {
     pub folder: tempfile::TempDir,
     pub store: Store,
+    pub options: OpenOptions,
+}
+
+/// A store, and an encrypted one.
+pub const BOTH: [fn() -> Sample; 2] = [Sample::new, Sample::encrypted];
+
+pub fn key(seed: u8) -> Secret {
+    Secret::key(vec![seed; 32].into()).unwrap()
 }
 
 pub fn none(_: u64, _: u64) {}
@@ -26,11 +34,22 @@ impl Sample {
         // In memory: the tests wait for a disk thousands of times otherwise.
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let store = Store::open(&folder.path().join("store")).unwrap();
+        Self::around(folder, store, OpenOptions::default())
+    }
+
+    pub fn encrypted() -> Self {
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let root = folder.path().join("store");
+        let store = Store::create_encrypted(&root, &key(1), PassphraseCost::default(), "first").unwrap();
+        Self::around(folder, store, OpenOptions { secret: Some(key(1)) })
+    }
+
+    fn around(folder: tempfile::TempDir, store: Store, options: OpenOptions) -> Self {
         fs::write(folder.path().join("kernel"), vec![9; 10_000]).unwrap();
         for machine in ["client", "server"] {
             fs::write(layer(folder.path(), machine, 0), machine.repeat(50_000)).unwrap();
         }
-        Self { folder, store }
+        Self { folder, store, options }
     }
 
     /// Everything that a restore reads, compared with what was put.
@@ -83,13 +102,34 @@ impl Sample {
         self.root().join(format!("snapshots/{id}.json"))
     }
 
+    /// The object that says who has this name in the environment `pair`.
+    pub fn name_file(&self, name: &str, id: &SnapshotId) -> PathBuf {
+        let plain = self.root().join("names/pair").join(name);
+        if self.options.secret.is_none() {
+            return plain;
+        }
+        // What it is called is hidden; it is the one that goes missing with its snapshot's name.
+        let folder = self.names_in("names").pop().unwrap();
+        let names = self.names_in(&format!("names/{folder}"));
+        let leads = |file: &String| {
+            let path = self.root().join("names").join(&folder).join(file);
+            let aside = self.root().join("aside");
+            fs::rename(&path, &aside).unwrap();
+            let gone = self.store.find_name("pair", name).unwrap() != Some(*id);
+            fs::rename(&aside, &path).unwrap();
+            gone
+        };
+        let file = names.iter().find(|file| leads(file)).unwrap();
+        self.root().join("names").join(&folder).join(file)
+    }
+
     pub fn root(&self) -> PathBuf {
         self.folder.path().join("store")
     }
 
     /// The store as another process sees it.
     pub fn reopened(&self) -> Store {
-        Store::open(&self.root()).unwrap()
+        Store::open_with(&self.root(), &self.options).unwrap()
     }
 
     pub fn names_in(&self, folder: &str) -> Vec<String> {

@@ -1,0 +1,140 @@
+//! An encrypted store: made, opened by files and by a person, and used as any other.
+
+use std::io::{Read, Write};
+use std::process::{Command, Stdio};
+
+use crate::lab::{Lab, ran, refusal};
+use crate::traffic::PAIR;
+
+const PASSPHRASE: &str = "correct horse battery";
+
+/// Everything that processes of this lab show of themselves to others: arguments and variables.
+fn shown_by_processes() -> String {
+    let mut shown = String::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        for file in ["cmdline", "environ"] {
+            let bytes = std::fs::read(entry.path().join(file)).unwrap_or_default();
+            shown.push_str(&String::from_utf8_lossy(&bytes));
+        }
+    }
+    shown
+}
+
+/// Another program that runs commands of this lab.
+fn within(lab: &Lab, program: &str) -> Command {
+    let mut command = Command::new(program);
+    for (name, value) in lab.command(&[]).get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command.current_dir(lab.folder()).stdin(Stdio::null());
+    command
+}
+
+#[test]
+fn keys_open_it_and_nothing_else_does() {
+    let mut lab = Lab::new();
+    let file = lab.folder().join("store.key").display().to_string();
+    let other = lab.folder().join("other.key").display().to_string();
+    for path in [&file, &other] {
+        lab.ok(&["store", "key", "new", path]);
+        let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(path).unwrap().permissions());
+        assert_eq!(mode & 0o777, 0o600);
+    }
+    lab.write("passphrase", &format!("{PASSPHRASE}\n"));
+    // A key without a store makes none.
+    lab.set("DIORAMA_STORE_KEY_FILE", &file);
+    let refused = lab.refused(&["snapshot", "list"]);
+    assert!(refused.message.contains("no store in"), "{refused:?}");
+    assert!(refused.hint.contains("store init") || refused.hint.contains("log"), "{refused:?}");
+    let made = lab.ok(&["store", "init", "--encrypt", "--key-file", &file, "--label", "first"]);
+    assert_eq!((&made["encrypted"], &made["key"]["label"]), (&true.into(), &"first".into()));
+    let refused = lab.refused(&["store", "init", "--encrypt", "--key-file", &file]);
+    assert_eq!(refused.kind, "wrong-state", "{refused:?}");
+    assert_eq!(lab.snapshots(), [""; 0]);
+    lab.ok(&["store", "key", "add", "--passphrase-file", "passphrase", "--label", "mine"]);
+    lab.ok(&["agent", "stop"]);
+
+    // The wrong one, and none: said at once, with what to do.
+    lab.set("DIORAMA_STORE_KEY_FILE", &other);
+    let refused = lab.refused(&["snapshot", "list"]);
+    assert_eq!(refused.kind, "locked", "{refused:?}");
+    lab.unset("DIORAMA_STORE_KEY_FILE");
+    // Without a terminal, wherever the test runs.
+    let mut alone = within(&lab, "setsid");
+    alone.args(["--wait", env!("CARGO_BIN_EXE_diorama"), "snapshot", "list", "--json"]);
+    let refused = refusal(&ran(alone.output().unwrap()));
+    assert!(
+        refused.kind == "locked" && refused.hint.contains("DIORAMA_STORE_PASSPHRASE_FILE"),
+        "{refused:?}"
+    );
+
+    // A person types it, at the second attempt.
+    let line = format!("{} snapshot list --json", env!("CARGO_BIN_EXE_diorama"));
+    let mut terminal = within(&lab, "script");
+    terminal.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
+    let mut child = terminal.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut keyboard, mut screen) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let mut seen = String::new();
+    for typed in ["not the passphrase", PASSPHRASE] {
+        seen.clear();
+        while !seen.contains("Passphrase of the store") || !seen.ends_with(": ") {
+            let mut byte = [0];
+            assert_eq!(screen.read(&mut byte).unwrap(), 1, "{seen}");
+            seen.push(byte[0] as char);
+        }
+        keyboard.write_all(format!("{typed}\r").as_bytes()).unwrap();
+    }
+    screen.read_to_string(&mut seen).unwrap();
+    assert!(child.wait().unwrap().success(), "{seen}");
+    assert!(seen.contains("\"snapshots\"") && !seen.contains(PASSPHRASE), "{seen}");
+    // While its agent runs, nobody sees what was typed.
+    assert!(!shown_by_processes().contains(PASSPHRASE));
+    assert!(!lab.agent_log().contains(PASSPHRASE));
+    assert_eq!(lab.snapshots(), [""; 0]);
+
+    lab.set("DIORAMA_STORE_PASSPHRASE_FILE", "passphrase");
+    let keys = lab.ok(&["store", "key", "list"]);
+    let labels: Vec<&str> =
+        keys["keys"].as_array().unwrap().iter().map(|key| key["label"].as_str().unwrap()).collect();
+    assert_eq!(labels, ["first", "mine"]);
+    let ids: Vec<&str> =
+        keys["keys"].as_array().unwrap().iter().map(|key| key["id"].as_str().unwrap()).collect();
+    lab.ok(&["store", "key", "rm", ids[0]]);
+    let refused = lab.refused(&["store", "key", "rm", ids[1]]);
+    assert_eq!(refused.kind, "wrong-state", "{refused:?}");
+    lab.finish();
+}
+
+#[test]
+fn an_environment_in_an_encrypted_store() {
+    let mut lab = Lab::new();
+    let file = lab.folder().join("store.key").display().to_string();
+    lab.ok(&["store", "key", "new", &file]);
+    lab.set("DIORAMA_STORE_KEY_FILE", &file);
+    lab.ok(&["store", "init", "--encrypt"]);
+    lab.up(PAIR);
+    lab.shell("pair", "client", "echo before-the-flood > /tmp/mark");
+    lab.snapshot("pair", &["kept"]);
+    lab.verify("kept");
+    lab.shell("pair", "client", "echo after > /tmp/mark");
+    // Another home, which has nothing but the store and its key: everything comes out of it, decrypted.
+    let mut other = Lab::new();
+    other.set("DIORAMA_STORE", &lab.home().join("store").display().to_string());
+    other.set("DIORAMA_STORE_KEY_FILE", &file);
+    other.verify("kept");
+    other.ok(&["restore", "pair/kept"]);
+    assert_eq!(other.shell("pair", "client", "cat /tmp/mark"), "before-the-flood\n");
+    other.shell("pair", "client", "ping -c 2 -W 5 10.0.0.1");
+    other.ok(&["down", "--all", "--volumes"]);
+    other.ok(&["agent", "stop"]);
+    assert!(other.ok(&["doctor"]).is_object());
+
+    lab.kill_agent();
+    lab.ok(&["restore", "-e", "pair", "kept"]);
+    assert_eq!(lab.shell("pair", "client", "cat /tmp/mark"), "before-the-flood\n");
+    assert_eq!(lab.ok(&["store", "check", "--read-data"])["ok"], true);
+    lab.finish();
+}
