@@ -5,7 +5,7 @@
 //! | [`lab`] | private folders, the real `diorama` binary, and what is left behind: nothing |
 //! | [`load`] | four machines, and the traffic in them |
 //! | [`figures`] | medians, maxima, tables |
-//! | [`snapshot`], [`consistency`], [`restore`], [`store`], [`collection`], [`switch`], [`protect`] | one benchmark each |
+//! | [`snapshot`], [`consistency`], [`restore`], [`store`], [`collection`], [`idle`], [`switch`], [`protect`] | one benchmark each |
 //!
 //! Standard output carries tables, or with `--json` one JSON document; what is being done goes to standard error.
 //! Exit status: 0 measured (figures are not judged), 1 failed, or the consistency that snapshots promise is broken.
@@ -14,6 +14,7 @@ mod collection;
 mod consistency;
 mod failure;
 mod figures;
+mod idle;
 mod lab;
 mod load;
 mod protect;
@@ -66,6 +67,8 @@ enum Benchmark {
     Store(store::Arguments),
     /// What collecting takes of time and memory with many snapshots and chunks
     Collection(collection::Arguments),
+    /// What a second snapshot of machines that do nothing adds to the store
+    Idle(idle::Arguments),
     /// Frames a second through two ports, against vde_switch and a Linux bridge (as root)
     Switch(switch::Arguments),
     /// Write protection of memory in small and in huge pages (as root)
@@ -110,6 +113,7 @@ fn run(arguments: Arguments) -> Result<Vec<String>, Failure> {
         Benchmark::Restore(arguments) => vec![restore::run(&arguments, common)?],
         Benchmark::Store(arguments) => vec![store::run(&arguments, common)?],
         Benchmark::Collection(arguments) => vec![collection::run(&arguments, common)?],
+        Benchmark::Idle(arguments) => vec![idle::run(&arguments, common)?],
         Benchmark::Switch(arguments) => vec![switch::run(&arguments, common)?],
         Benchmark::Protect(arguments) => vec![protect::run(&arguments)?],
         Benchmark::All(_) => vec![

@@ -10,12 +10,13 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use diorama_api::{ApiError, ErrorKind, ExecReport, ExecRequest};
 use diorama_qemu::guest_agent::{Exit, GuestAgent, GuestAgentError};
+use diorama_qemu::process::ProcessId;
 
 use crate::Agent;
 use crate::launch::{SocketPaths, console_log};
 use crate::operation::Operation;
 use crate::problem::io_error;
-use crate::record::Phase;
+use crate::record::{Phase, Rest};
 use crate::slot::Slot;
 
 /// How long a guest's agent may take to answer at all: a slow guest boots that long.
@@ -50,6 +51,7 @@ impl Agent {
             })?,
         };
         let (slot, paths) = self.machine_paths(environment, machine)?;
+        refuse_at_rest(&slot, machine)?;
         let channel =
             slot.state().machine(machine).map(|machine| Arc::clone(&machine.guest)).ok_or_else(|| {
                 ApiError::new(ErrorKind::WrongState, format!("machine {machine} is not there any more"))
@@ -130,6 +132,26 @@ impl Agent {
         let folder = crate::up::socket_folder(&slot, &self.folders, record.generation);
         Ok((slot, SocketPaths::new(&folder, index)))
     }
+}
+
+/// A machine that stands still answers nothing: that is said at once, and not when the time for an answer is over.
+fn refuse_at_rest(slot: &Slot, machine: &str) -> Result<(), ApiError> {
+    let record = slot.record_if_up()?;
+    let machines = record.specification.machines.iter().zip(&record.machines);
+    let Some((_, known)) = machines.into_iter().find(|(spec, _)| spec.name.as_str() == machine) else {
+        return Ok(());
+    };
+    let (state, hint) = match known.rest {
+        Some(Rest::Paused) => ("is paused", format!("`diorama resume {machine}` lets it run")),
+        Some(Rest::Shutdown) => {
+            ("has been shut down", "`diorama restore SNAPSHOT` brings it back as it was then".to_owned())
+        }
+        None if !ProcessId::from(known.process).is_alive().unwrap_or(true) => {
+            ("has died", "`diorama status` says why; `diorama restore SNAPSHOT` brings it back".to_owned())
+        }
+        None => return Ok(()),
+    };
+    Err(ApiError::new(ErrorKind::WrongState, format!("machine {machine} {state}")).hint(hint))
 }
 
 /// The one connection to a machine's guest agent. QEMU serves one at a time, so that commands share it, a request each

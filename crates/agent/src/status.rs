@@ -9,6 +9,7 @@ use diorama_api::{
     NicStatus,
 };
 use diorama_qemu::process::{ProcessId, log_tail};
+use diorama_qemu::qmp::QmpError;
 use diorama_switch::{Dropped, NetworkCounters};
 use serde_json::Value;
 
@@ -180,6 +181,10 @@ fn machine_state(
     };
     let answer = match monitor.execute("query-status", Value::Null, ANSWER_LIMIT) {
         Ok(answer) => answer,
+        // It has died just now.
+        Err(QmpError::Disconnected { .. }) => {
+            return (MachineState::Dead, Some("its QEMU process ended".to_owned()));
+        }
         // Alive, but its main loop is stuck: nothing is known, so nothing is claimed but that.
         Err(error) => return (MachineState::Running, Some(error.to_string())),
     };

@@ -103,7 +103,7 @@ fn commands_in_a_guest_pass_everything_through() {
     lab.ok(&["pause"]);
     assert_eq!(lab.states("solo"), ["paused"]);
     let refusal = refusal(&lab.run(&["exec", "--json", "--wait", "1", "box", "--", "true"]));
-    assert!(refusal.kind == "guest" && refusal.hint.contains("paused"), "{refusal:?}");
+    assert!(refusal.kind == "wrong-state" && refusal.hint.contains("diorama resume"), "{refusal:?}");
     lab.ok(&["resume"]);
     assert_eq!(lab.states("solo"), ["running"]);
     assert_eq!(exec(&["true"]).status, Some(0));
