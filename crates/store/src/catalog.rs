@@ -1,7 +1,8 @@
 //! Which snapshots there are, and which one a user means.
 //!
 //! `snapshots/<id>.json` is a snapshot; `names/<environment>/<name>` holds the id of the one that has this name there,
-//! so that of several writers one gets a name. What a list says of each snapshot is kept in memory and in
+//! so that of several writers one gets a name. A snapshot that came from elsewhere may have another name here than its
+//! manifest says: `aliases/<id>` holds it. What a list says of each snapshot is kept in memory and in
 //! `cache/summaries`, since a manifest never changes: an entry is used as long as its manifest's length and time are
 //! those that it was made of. Losing that file costs time and nothing else.
 
@@ -15,7 +16,7 @@ use crate::address::Address;
 use crate::backend::Object;
 use crate::error::StoreError;
 use crate::id::SnapshotId;
-use crate::manifest::{Bytes, Manifest, Receipt};
+use crate::manifest::{Bytes, Manifest, Receipt, check_snapshot_name};
 use crate::root::Store;
 
 /// The fewest digits of an id that are taken for one.
@@ -23,6 +24,10 @@ const PREFIX_DIGITS_MIN: usize = 4;
 const SNAPSHOTS: &str = "snapshots";
 /// An id.
 pub(crate) const NAME_BYTES_MAX: u64 = 64;
+/// Where the names of snapshots are that are called otherwise here than in their manifests.
+const ALIASES: &str = "aliases";
+/// The longest name.
+const ALIAS_BYTES_MAX: u64 = 128;
 const SUMMARIES_KEY: &str = "cache/summaries";
 /// 10,000 snapshots take about 4 MiB.
 const SUMMARIES_BYTES_MAX: u64 = 256 << 20;
@@ -73,6 +78,8 @@ pub struct Stored {
     pub id: SnapshotId,
     /// What it says of itself.
     pub manifest: Manifest,
+    /// Its name here: that of the manifest, unless it came from elsewhere under another.
+    pub name: String,
     /// What was written after it was durable; may be lost.
     pub receipt: Option<Receipt>,
 }
@@ -95,6 +102,7 @@ impl Store {
     /// All snapshots, oldest first; damaged ones last. One that is removed meanwhile is left out.
     pub fn list(&self) -> Result<Vec<Summary>, StoreError> {
         let objects = self.backend().list(SNAPSHOTS)?;
+        let mut aliases = self.aliases()?;
         let mut cache = self.summaries().lock().unwrap_or_else(PoisonError::into_inner);
         if !cache.loaded {
             cache.known = self.read_summaries();
@@ -122,7 +130,8 @@ impl Store {
                 }
             };
             present.insert(id, Summarised { version, entry: entry.clone() });
-            summaries.push(Summary::Intact(entry));
+            let name = aliases.remove(&id).unwrap_or(entry.name);
+            summaries.push(Summary::Intact(Entry { name, ..entry }));
         }
         cache.known = present;
         if read > STALE_ENTRIES_MAX + summaries.len() / 50 {
@@ -135,7 +144,9 @@ impl Store {
 
     /// Opens a snapshot. Its manifest is checked, its parts when they are read.
     pub fn load(&self, id: &SnapshotId) -> Result<Stored, StoreError> {
-        let stored = Stored { id: *id, manifest: self.read_manifest(id)?, receipt: self.read_receipt(id) };
+        let manifest = self.read_manifest(id)?;
+        let name = self.alias(id)?.unwrap_or_else(|| manifest.name.clone());
+        let stored = Stored { id: *id, manifest, name, receipt: self.read_receipt(id) };
         // Another process may have taken it.
         if !self.knows(&stored) {
             self.refresh()?;
@@ -203,6 +214,30 @@ impl Store {
         })
     }
 
+    /// What a snapshot is called here, where that is not what its manifest says.
+    pub(crate) fn alias(&self, id: &SnapshotId) -> Result<Option<String>, StoreError> {
+        let bytes = match self.backend().read(&alias_key(id), ALIAS_BYTES_MAX) {
+            Ok(bytes) => bytes,
+            // Then it goes by its own name.
+            Err(error) if error.is_damage() => None,
+            Err(error) => return Err(error),
+        };
+        let name = bytes.and_then(|bytes| String::from_utf8(bytes).ok());
+        Ok(name.filter(|name| check_snapshot_name(name).is_ok()))
+    }
+
+    /// All of them. There are few.
+    fn aliases(&self) -> Result<HashMap<SnapshotId, String>, StoreError> {
+        let mut aliases = HashMap::new();
+        for object in self.backend().list(ALIASES)? {
+            let Ok(id) = object.name.parse() else { continue };
+            if let Some(name) = self.alias(&id)? {
+                aliases.insert(id, name);
+            }
+        }
+        Ok(aliases)
+    }
+
     /// The ids of all manifests.
     pub(crate) fn ids(&self) -> Result<Vec<SnapshotId>, StoreError> {
         Ok(self.backend().list(SNAPSHOTS)?.iter().filter_map(|object| snapshot_of(&object.name)).collect())
@@ -254,6 +289,11 @@ pub(crate) fn receipt_key(id: &SnapshotId) -> String {
 /// The key of the object that says who has a name; both have been checked to be names.
 pub(crate) fn name_key(environment: &str, name: &str) -> String {
     format!("names/{environment}/{name}")
+}
+
+/// The key of the object that says what a snapshot is called here.
+pub(crate) fn alias_key(id: &SnapshotId) -> String {
+    format!("{ALIASES}/{id}")
 }
 
 fn snapshot_of(name: &str) -> Option<SnapshotId> {

@@ -242,7 +242,8 @@ impl Store {
         options: CheckOptions,
         report: &mut CheckReport,
     ) -> Result<(), StoreError> {
-        let (environment, name) = (&manifest.environment, &manifest.name);
+        let alias = self.alias(id)?;
+        let (environment, name) = (&manifest.environment, alias.as_ref().unwrap_or(&manifest.name));
         // Checked with the manifest, and they become a key here.
         debug_assert!(check_part_name(environment).is_ok() && check_snapshot_name(name).is_ok());
         let holder = self.find_name(environment, name)?;

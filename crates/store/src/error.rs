@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::address::Address;
+use crate::archive::ArchiveProblem;
 use crate::frames::FramesError;
 use crate::id::SnapshotId;
 use crate::manifest::{ManifestProblem, NameProblem};
@@ -211,6 +212,17 @@ pub enum StoreError {
         /// The first damage that was met.
         source: Box<StoreError>,
     },
+    /// A file that should be an exported snapshot.
+    #[error("the export is damaged at byte {offset}: {problem}")]
+    Archive {
+        /// Where in the file.
+        offset: u64,
+        /// What is wrong.
+        problem: ArchiveProblem,
+    },
+    /// Nobody wants it any more.
+    #[error("it was stopped")]
+    Stopped,
     /// The memory file has not the size that the machine has.
     #[error("the memory file of {machine} has {actual_bytes} bytes instead of {expected_bytes}")]
     RamLength {

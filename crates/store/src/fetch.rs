@@ -75,19 +75,25 @@ impl Store {
         children: usize,
         cache: &mut NodeCache,
     ) -> Result<Vec<u8>, StoreError> {
-        let found = self.find(address)?;
-        let bytes = match self.chunk_at(&found, address, cache) {
-            Err(error) if error.is_damage() => {
-                self.refresh_if_gone(&error)?;
-                self.find_elsewhere(&found, address, cache).ok_or(error)?
-            }
-            read => read?,
-        };
+        let bytes = self.chunk(address, cache)?;
         if bytes.len() != children * Address::BYTES {
+            let found = self.find(address)?;
             let file = self.backend().locate(&pack_key(&found.pack.id));
             return Err(StoreError::corrupt(&file, Damage::Node { address: *address }));
         }
         Ok(bytes)
+    }
+
+    /// A chunk's bytes.
+    pub(crate) fn chunk(&self, address: &Address, cache: &mut NodeCache) -> Result<Vec<u8>, StoreError> {
+        let found = self.find(address)?;
+        match self.chunk_at(&found, address, cache) {
+            Err(error) if error.is_damage() => {
+                self.refresh_if_gone(&error)?;
+                self.find_elsewhere(&found, address, cache).ok_or(error)
+            }
+            read => read,
+        }
     }
 
     /// All of a part, in memory: for what the format bounds.
@@ -146,7 +152,7 @@ impl Store {
         self.open_group(pack, group, &bytes, opener, raw)
     }
 
-    fn open_group(
+    pub(crate) fn open_group(
         &self,
         pack: &Pack,
         group: usize,
@@ -189,7 +195,12 @@ impl Store {
         Ok(bytes.to_vec())
     }
 
-    fn check_chunk(&self, found: &Found, address: &Address, bytes: &[u8]) -> Result<(), StoreError> {
+    pub(crate) fn check_chunk(
+        &self,
+        found: &Found,
+        address: &Address,
+        bytes: &[u8],
+    ) -> Result<(), StoreError> {
         if Address::of(bytes) == *address {
             return Ok(());
         }
@@ -198,7 +209,7 @@ impl Store {
     }
 
     /// Another process may have repacked what it removed.
-    fn refresh_if_gone(&self, error: &StoreError) -> Result<(), StoreError> {
+    pub(crate) fn refresh_if_gone(&self, error: &StoreError) -> Result<(), StoreError> {
         if matches!(error, StoreError::Corrupt { damage: Damage::Missing, .. }) {
             self.refresh()?;
         }

@@ -239,6 +239,11 @@ impl ChunkSet {
         new
     }
 
+    /// How many there are.
+    pub(crate) fn len(&self) -> u64 {
+        self.words.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+
     pub(crate) fn contains(&self, number: ChunkNumber) -> bool {
         self.words.get(number as usize / 64).is_some_and(|word| word & (1 << (number % 64)) != 0)
     }
@@ -311,5 +316,6 @@ mod tests {
         let mut set = ChunkSet::default();
         assert!(set.insert(0) && set.insert(1000) && !set.insert(1000));
         assert!(set.contains(0) && set.contains(1000) && !set.contains(999) && !set.contains(5000));
+        assert_eq!(set.len(), 2);
     }
 }

@@ -85,6 +85,11 @@ impl Target {
     /// Makes all packs durable and known. Data before trees: whoever finds a node finds what is below it.
     pub(crate) fn publish(&self) -> Result<(), StoreError> {
         self.close()?;
+        self.publish_staged()
+    }
+
+    /// The same for the packs that are full, while others are still being filled.
+    pub(crate) fn publish_staged(&self) -> Result<(), StoreError> {
         if self.broken.load(Ordering::Relaxed) {
             return Err(StoreError::WriterFailed { part: "a pack".to_owned() });
         }
@@ -119,7 +124,7 @@ impl Target {
     }
 
     /// Whether the caller is the one to store this chunk.
-    fn claim(&self, address: &Address) -> bool {
+    pub(crate) fn claim(&self, address: &Address) -> bool {
         lock(&self.claimed[address.prefix() as usize % SHARDS]).insert(*address)
     }
 

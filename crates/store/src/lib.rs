@@ -9,6 +9,7 @@
 //! packs/<hash of its table>    many chunks: pages, clusters, nodes of trees
 //! snapshots/<id>.json          a manifest; its BLAKE3 hash is the snapshot's id
 //! names/<environment>/<name>   which snapshot has this name
+//! aliases/<id>                 the name of one that came from elsewhere, where it is not its manifest's
 //! receipts/<id>.json           how long it took; not covered by the id
 //! doomed/<pack>                a mark: this pack is about to go
 //! cache/summaries              what lists say; can be made again
@@ -22,12 +23,13 @@
 //!
 //! | module | does |
 //! | --- | --- |
-//! | `tree`, `pack`, `index`, `frames`, `manifest`, `retention` | pure: shapes, bytes, rules |
+//! | `tree`, `pack`, `index`, `frames`, `manifest`, `archive`, `retention` | pure: shapes, bytes, rules |
 //! | `backend` | objects by key, durable and whole; `sealed`: the same, encrypted |
 //! | `seal`, `keys` | encryption: what a sealed object is, and who can open it |
 //! | `write`, `ingest` | a snapshot in the making |
-//! | `fetch`, `read` | from addresses back to contents |
+//! | `fetch`, `read`, `part_reader` | from addresses back to contents |
 //! | `catalog`, `remove`, `diff`, `verify` | one snapshot, or two |
+//! | `transfer`, `export` | a snapshot from store to store, or by way of a file |
 //! | `collect`, `check`, `stats` | the store as a whole |
 //!
 //! # Invariants
@@ -39,6 +41,7 @@
 //!   nothing is handed out or allocated before.
 
 mod address;
+mod archive;
 pub mod backend;
 mod blocks;
 mod catalog;
@@ -46,6 +49,7 @@ mod check;
 mod collect;
 mod diff;
 mod error;
+mod export;
 mod fetch;
 mod files;
 mod foreign;
@@ -57,22 +61,26 @@ mod keys;
 mod known;
 mod manifest;
 mod pack;
+mod part_reader;
 mod read;
 mod remove;
 mod retention;
 mod root;
 mod seal;
 mod stats;
+mod transfer;
 mod tree;
 mod verify;
 mod write;
 
 pub use address::{Address, ParseAddressError};
+pub use archive::ArchiveProblem;
 pub use catalog::{Entry, Stored, Summary};
 pub use check::{CheckOptions, CheckProblem, CheckProblemKind, CheckReport};
 pub use collect::{CollectOptions, CollectPlan, Collected};
 pub use diff::{Diff, DiskDiff, FramesDiff, MachineDiff};
 pub use error::{Damage, StoreError};
+pub use export::Exported;
 pub use files::{Linked, link_file};
 pub use frames::{FramesError, MAX_FRAME_BYTES, MAX_FRAMES, MAX_FRAMES_FILE_BYTES, StoredFrame};
 pub use id::{ParseIdError, SnapshotId};
@@ -83,10 +91,12 @@ pub use manifest::{
     ManifestProblem, NameProblem, NetworkRecord, Part, RamRecord, Receipt, check_snapshot_name,
 };
 pub use pack::{PackError, PackId};
+pub use part_reader::{PartReader, Sink};
 pub use retention::{Policy, Verdict};
 pub use root::{OpenOptions, Store};
 pub use seal::random_key;
 pub use stats::Stats;
+pub use transfer::Arrived;
 pub use tree::{CLUSTER_BYTES, PAGE_BYTES, Shape};
 pub use verify::{AccountingCheck, Problem, ProblemKind, VerifyReport};
 pub use write::{Piece, Writer};

@@ -507,7 +507,8 @@ impl MachineRecord {
 }
 
 impl RamRecord {
-    pub(crate) fn part(&self, machine: &str) -> Part {
+    /// As a part of this machine's.
+    pub fn part(&self, machine: &str) -> Part {
         Part { name: ram_part(machine), shape: Shape::memory(self.bytes), root: self.root }
     }
 }
@@ -519,7 +520,8 @@ impl FileRecord {
 }
 
 impl LayerRecord {
-    pub(crate) fn part(&self, machine: &str, disk: &str, index: usize) -> Part {
+    /// As layer `index` of a disk.
+    pub fn part(&self, machine: &str, disk: &str, index: usize) -> Part {
         let name = layer_part(machine, disk, index, self.format);
         Part { name, shape: Shape::file(self.bytes), root: self.root }
     }

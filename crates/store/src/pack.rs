@@ -228,6 +228,11 @@ impl GroupBuilder {
         Self { kind, raw: Vec::with_capacity(kind.group_bytes()), chunks: Vec::new(), compressor }
     }
 
+    /// What it is a group of.
+    pub fn kind(&self) -> PackKind {
+        self.kind
+    }
+
     /// Whether a chunk of this length still fits. An empty group takes any.
     pub fn fits(&self, bytes: usize) -> bool {
         self.raw.len() + bytes <= self.kind.group_bytes()

@@ -120,20 +120,33 @@ impl Store {
 
     /// A snapshot's manifest, once its hash is found to be the id, and all its rules kept.
     pub(crate) fn read_manifest(&self, id: &SnapshotId) -> Result<Manifest, StoreError> {
+        let bytes = self.manifest_bytes(id)?;
+        self.parse_manifest(id, &bytes)
+    }
+
+    /// The bytes that a snapshot's id is the hash of: its manifest, in JSON.
+    ///
+    /// # Errors
+    /// When there is none, or its hash is another.
+    pub fn manifest_bytes(&self, id: &SnapshotId) -> Result<Vec<u8>, StoreError> {
         let key = manifest_key(id);
-        let path = self.backend().locate(&key);
-        let corrupt = |damage| StoreError::corrupt(&path, damage);
         let bytes = self.backend().read(&key, MAX_MANIFEST_BYTES)?.ok_or(StoreError::Missing { id: *id })?;
         if SnapshotId::of_manifest(&bytes) != *id {
-            return Err(corrupt(Damage::Contents { offset: None }));
+            return Err(StoreError::corrupt(&self.backend().locate(&key), Damage::Contents { offset: None }));
         }
+        Ok(bytes)
+    }
+
+    /// What a manifest's bytes say, once all its rules are found kept.
+    pub(crate) fn parse_manifest(&self, id: &SnapshotId, bytes: &[u8]) -> Result<Manifest, StoreError> {
+        let corrupt = |damage| StoreError::corrupt(&self.backend().locate(&manifest_key(id)), damage);
         // The format first: another version's manifest need not look like ours.
         let format =
-            serde_json::from_slice::<FormatOnly>(&bytes).map_err(|e| corrupt(not_a_manifest(&e)))?.format;
+            serde_json::from_slice::<FormatOnly>(bytes).map_err(|e| corrupt(not_a_manifest(&e)))?.format;
         if format != FORMAT {
             return Err(StoreError::UnsupportedSnapshot { id: *id, found: format, expected: FORMAT });
         }
-        let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|e| corrupt(not_a_manifest(&e)))?;
+        let manifest: Manifest = serde_json::from_slice(bytes).map_err(|e| corrupt(not_a_manifest(&e)))?;
         manifest.check().map_err(|problem: ManifestProblem| corrupt(Damage::Manifest(problem)))?;
         Ok(manifest)
     }

@@ -1,7 +1,7 @@
 //! Removing a snapshot: its manifest goes, and with it the snapshot. What it alone needed is given back by
 //! [`Store::collect`].
 
-use crate::catalog::{manifest_key, name_key, receipt_key};
+use crate::catalog::{alias_key, manifest_key, name_key, receipt_key};
 use crate::error::StoreError;
 use crate::id::SnapshotId;
 use crate::root::Store;
@@ -13,12 +13,17 @@ impl Store {
     pub fn remove(&self, id: &SnapshotId) -> Result<(), StoreError> {
         // Of a damaged one nobody knows the name.
         let manifest = self.read_manifest(id).ok();
+        let alias = self.alias(id)?;
         if !self.backend().remove(&manifest_key(id), None)? {
             return Err(StoreError::Missing { id: *id });
         }
         if let Some(manifest) = manifest {
-            let key = name_key(&manifest.environment, &manifest.name);
+            let name = alias.as_ref().unwrap_or(&manifest.name);
+            let key = name_key(&manifest.environment, name);
             self.backend().remove(&key, Some(id.to_string().as_bytes()))?;
+        }
+        if alias.is_some() {
+            self.backend().remove(&alias_key(id), None)?;
         }
         self.backend().remove(&receipt_key(id), None)?;
         Ok(())

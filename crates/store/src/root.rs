@@ -22,8 +22,19 @@ const FORMAT: &str = "diorama-store/1";
 const FORMAT_ENCRYPTED: &str = "diorama-store/1+encrypted";
 const FORMAT_KEY: &str = "format";
 /// Everything that a store's folder may have in it.
-const OURS: [&str; 10] =
-    ["format", "lock", "incoming", "packs", "doomed", "snapshots", "names", "receipts", "cache", KEYS];
+const OURS: [&str; 11] = [
+    "format",
+    "lock",
+    "incoming",
+    "packs",
+    "doomed",
+    "snapshots",
+    "names",
+    "aliases",
+    "receipts",
+    "cache",
+    KEYS,
+];
 /// Where packs are.
 pub(crate) const PACKS: &str = "packs";
 /// Where there is an empty object for each pack that is about to go.

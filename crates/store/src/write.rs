@@ -161,11 +161,11 @@ impl Writer {
         // Before the packs are there; asked again, for good, once they are.
         let (environment, name) = (&manifest.environment, &manifest.name);
         if let Some(id) = self.store.find_name(environment, name)? {
-            return Err(name_in_use(&manifest, id));
+            return Err(name_in_use(environment, name, id));
         }
         self.target.publish()?;
         let name_key = name_key(environment, name);
-        self.take_name(&manifest, &name_key, &id)?;
+        take_name(&self.store, environment, name, &id)?;
         let created = self.store.backend().create(&manifest_key(&id), &bytes);
         match created {
             Ok(true) => {}
@@ -192,34 +192,6 @@ impl Writer {
     /// Removes what was written, and says whether that worked; dropping does the same and logs.
     pub fn abort(self) -> Result<(), StoreError> {
         self.target.end()
-    }
-
-    fn take_name(&self, manifest: &Manifest, key: &str, id: &SnapshotId) -> Result<(), StoreError> {
-        let backend = self.store.backend();
-        let text = id.to_string();
-        loop {
-            if backend.create(key, text.as_bytes())? {
-                return Ok(());
-            }
-            let holder = match backend.read(key, NAME_BYTES_MAX) {
-                Ok(Some(holder)) => holder,
-                Ok(None) => continue,
-                Err(error) if error.is_damage() => {
-                    backend.remove(key, None)?;
-                    continue;
-                }
-                Err(error) => return Err(error),
-            };
-            let other: Option<SnapshotId> = std::str::from_utf8(&holder).ok().and_then(|t| t.parse().ok());
-            if let Some(other) = other {
-                let exists = self.store.exists(&other)?;
-                // Without its manifest, it is one that another writer commits just now, or one that never was.
-                if exists || (other != *id && backend.sessions()? > 1) {
-                    return Err(name_in_use(manifest, other));
-                }
-            }
-            backend.remove(key, Some(&holder))?;
-        }
     }
 
     /// Whether the manifest names exactly what was put.
@@ -302,9 +274,43 @@ impl Writer {
     }
 }
 
-fn name_in_use(manifest: &Manifest, id: SnapshotId) -> StoreError {
-    let (environment, name) = (manifest.environment.clone(), manifest.name.clone());
-    StoreError::NameInUse { environment, name, id }
+/// Lets a snapshot that is about to be there have a name. Of several writers that want one, one gets it.
+pub(crate) fn take_name(
+    store: &Store,
+    environment: &str,
+    name: &str,
+    id: &SnapshotId,
+) -> Result<(), StoreError> {
+    let backend = store.backend();
+    let key = name_key(environment, name);
+    let text = id.to_string();
+    loop {
+        if backend.create(&key, text.as_bytes())? {
+            return Ok(());
+        }
+        let holder = match backend.read(&key, NAME_BYTES_MAX) {
+            Ok(Some(holder)) => holder,
+            Ok(None) => continue,
+            Err(error) if error.is_damage() => {
+                backend.remove(&key, None)?;
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        let other: Option<SnapshotId> = std::str::from_utf8(&holder).ok().and_then(|t| t.parse().ok());
+        if let Some(other) = other {
+            let exists = store.exists(&other)?;
+            // Without its manifest, it is one that another writer commits just now, or one that never was.
+            if exists || (other != *id && backend.sessions()? > 1) {
+                return Err(name_in_use(environment, name, other));
+            }
+        }
+        backend.remove(&key, Some(&holder))?;
+    }
+}
+
+fn name_in_use(environment: &str, name: &str, id: SnapshotId) -> StoreError {
+    StoreError::NameInUse { environment: environment.to_owned(), name: name.to_owned(), id }
 }
 
 fn check_part(name: &str) -> Result<(), StoreError> {

@@ -13,3 +13,4 @@ mod names;
 mod round_trip;
 mod sample;
 mod sharing;
+mod transfer;
