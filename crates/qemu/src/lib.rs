@@ -10,6 +10,8 @@
 //! | [`process`] | the QEMU process: start, identity, end, scheduling of its threads | yes |
 //! | [`qmp`] | the control protocol: codec (pure) and blocking client | client only |
 //! | [`migration`] | splitting a migration stream into RAM pages and a residual stream | RAM file only |
+//! | [`qcow2`] | disk images without a QEMU: what is where in one, and new ones | through its callers |
+//! | [`core_file`] | where a board has its memory, and ELF core files of it | no |
 //! | [`disk`] | empty overlays and a bounded look at disk images | yes |
 //! | [`memory`] | main memory seen from outside: huge pages | yes |
 //! | [`guest_agent`] | commands run inside the guest | yes |
@@ -19,10 +21,12 @@
 
 pub mod capability;
 pub mod command_line;
+pub mod core_file;
 pub mod disk;
 pub mod guest_agent;
 pub mod memory;
 pub mod migration;
 pub mod process;
+pub mod qcow2;
 pub mod qmp;
 pub mod socket_path;
