@@ -15,9 +15,9 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use diorama_api::{
     ApiError, CreateSnapshotRequest, DownRequest, DrainHostRequest, Empty, ErrorBody, ErrorKind, Event,
-    ExecRequest, ForkRequest, InitHostRequest, JoinHostRequest, MachinesRequest, PruneRequest,
-    RemoveHostRequest, RestoreRequest, StopAgentRequest, StoreCheckRequest, StoreGcRequest, TokenRequest,
-    UpRequest,
+    ExecRequest, ExportRequest, ExtractRequest, ForkRequest, ImportRequest, InitHostRequest, JoinHostRequest,
+    MachinesRequest, PruneRequest, RemoveHostRequest, RestoreRequest, StopAgentRequest, StoreCheckRequest,
+    StoreGcRequest, TokenRequest, TransferRequest, UpRequest,
 };
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
@@ -55,10 +55,15 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/snapshots/{query}", get(show_snapshot).delete(remove_snapshot))
         .route("/v1/snapshots/{query}/verify", post(verify_snapshot))
         .route("/v1/snapshots/{query}/diff/{other}", get(diff_snapshots))
+        .route("/v1/snapshots/{query}/extract", post(extract_snapshot))
+        .route("/v1/snapshots/{query}/export", post(export_snapshot))
         .route("/v1/store", get(store_stats))
         .route("/v1/store/check", post(check_store))
         .route("/v1/store/gc", post(collect_store))
         .route("/v1/store/prune", post(prune_snapshots))
+        .route("/v1/store/import", post(import_snapshot))
+        .route("/v1/store/push", post(push_snapshots))
+        .route("/v1/store/pull", post(pull_snapshots))
         .route("/v1/hosts", get(hosts))
         .route("/v1/hosts/init", post(init_host))
         .route("/v1/hosts/join", post(join_host))
@@ -244,6 +249,36 @@ async fn diff_snapshots(
     Query(of): Query<OfEnvironment>,
 ) -> Response {
     document(blocking(move || agent.diff_snapshots(&from, &to, of.environment.as_deref())).await)
+}
+
+async fn extract_snapshot(
+    State(agent): Shared,
+    Path(query): Path<String>,
+    Query(of): Query<OfEnvironment>,
+    Json(request): Json<ExtractRequest>,
+) -> Response {
+    events(move |operation| agent.extract_snapshot(&query, of.environment.as_deref(), &request, operation))
+}
+
+async fn export_snapshot(
+    State(agent): Shared,
+    Path(query): Path<String>,
+    Query(of): Query<OfEnvironment>,
+    Json(request): Json<ExportRequest>,
+) -> Response {
+    events(move |operation| agent.export_snapshot(&query, of.environment.as_deref(), &request, operation))
+}
+
+async fn import_snapshot(State(agent): Shared, Json(request): Json<ImportRequest>) -> Response {
+    events(move |operation| agent.import_snapshot(&request, operation))
+}
+
+async fn push_snapshots(State(agent): Shared, Json(request): Json<TransferRequest>) -> Response {
+    events(move |operation| agent.push_snapshots(&request, operation))
+}
+
+async fn pull_snapshots(State(agent): Shared, Json(request): Json<TransferRequest>) -> Response {
+    events(move |operation| agent.pull_snapshots(&request, operation))
 }
 
 async fn store_stats(State(agent): Shared) -> Response {

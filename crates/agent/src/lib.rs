@@ -13,6 +13,7 @@
 //! | `takeover` | machines that outlived the agent before |
 //! | `keeper` | live captures whose agent has died |
 //! | `ram_cache` | snapshots' memory, ready to be mapped |
+//! | `transfer`, `extract`, `diff` | snapshots as files, in other stores, compared |
 //! | `guest` | commands and consoles inside machines |
 //! | `http` | the API |
 //!
@@ -24,9 +25,11 @@
 mod capture;
 mod cluster;
 mod dataplane;
+mod diff;
 mod disks;
 mod doctor;
 mod down;
+mod extract;
 mod file_cache;
 mod guest;
 mod hardware;
@@ -48,6 +51,7 @@ mod span;
 mod status;
 pub mod store_keys;
 mod takeover;
+mod transfer;
 mod up;
 mod upkeep;
 

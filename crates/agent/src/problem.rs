@@ -4,7 +4,7 @@ use std::path::Path;
 
 use diorama_api::{ApiError, ErrorKind};
 use diorama_qemu::qmp::QmpError;
-use diorama_store::StoreError;
+use diorama_store::{ArchiveProblem, StoreError};
 
 use crate::dataplane::CutFailure;
 
@@ -49,6 +49,15 @@ pub(crate) fn store_error(error: StoreError) -> ApiError {
         }
         StoreError::NameInUse { .. } => ApiError::new(ErrorKind::NameInUse, message)
             .hint("choose another name, or delete that one with `diorama snapshot rm`"),
+        StoreError::Archive { problem, .. } => match problem {
+            ArchiveProblem::NotAnArchive => ApiError::new(ErrorKind::Corrupt, message)
+                .hint("`diorama export` writes files that can be imported"),
+            ArchiveProblem::Version { .. } => ApiError::new(ErrorKind::Unsupported, message)
+                .hint("another version of Diorama wrote it"),
+            _ => ApiError::new(ErrorKind::Corrupt, message)
+                .hint("nothing of it was taken in: export it once more, or copy the file again"),
+        },
+        StoreError::Stopped => ApiError::new(ErrorKind::Cancelled, message),
         StoreError::BadName { .. } => ApiError::new(ErrorKind::Invalid, message)
             .hint("a name has letters, digits, `.`, `_` and `-`, and starts with a letter or digit"),
         StoreError::CannotCollect { .. } => ApiError::new(ErrorKind::Corrupt, message).hint(

@@ -544,7 +544,7 @@ fn resting(stored: &Stored) -> BTreeMap<String, Rest> {
 }
 
 /// A base is not stored: it must be where it was, and as it was.
-fn check_base(base: &diorama_store::BaseRecord) -> Result<BaseRecord, ApiError> {
+pub(crate) fn check_base(base: &diorama_store::BaseRecord) -> Result<BaseRecord, ApiError> {
     let metadata = std::fs::metadata(&base.path).map_err(|error| {
         ApiError::new(
             ErrorKind::NotFound,

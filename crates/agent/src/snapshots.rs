@@ -1,9 +1,9 @@
-//! The catalogue: listing, showing, proving, comparing and deleting snapshots.
+//! The catalogue: listing, showing, proving and deleting snapshots.
 
 use diorama_api::{
-    ApiError, BytesReport, CaptureMode, CutReport, DamagedSnapshot, DiffReport, DiskReport, DroppedReport,
-    FramesReport, Here, InFlightPolicy, MachineDiff, MachineReport, NetworkReport, RemoveReport,
-    SnapshotList, SnapshotReport, SnapshotSummary, VerifyProblem, VerifyReport,
+    ApiError, BytesReport, CaptureMode, CutReport, DamagedSnapshot, DiskReport, DroppedReport, FramesReport,
+    Here, InFlightPolicy, MachineReport, NetworkReport, RemoveReport, SnapshotList, SnapshotReport,
+    SnapshotSummary, VerifyProblem, VerifyReport,
 };
 use diorama_store::{Accounting, Capture, MachineState, SnapshotId, StoreError, Stored, Summary};
 
@@ -59,7 +59,7 @@ impl Agent {
     ) -> Result<RemoveReport, ApiError> {
         let id = self.resolve_snapshot(query, environment)?;
         // A damaged one is deleted all the same; then it has no name.
-        let name = self.store.load(&id).map(|stored| stored.manifest.name).unwrap_or_default();
+        let name = self.store.load(&id).map(|stored| stored.name).unwrap_or_default();
         self.drop_snapshot(&id).map_err(store_error)?;
         let freed_bytes = self.collect_after_removal();
         Ok(RemoveReport { id: id.to_string(), name, freed_bytes })
@@ -103,48 +103,12 @@ impl Agent {
         });
         Ok(VerifyReport {
             id: id.to_string(),
-            name: stored.as_ref().map(|stored| stored.manifest.name.clone()).unwrap_or_default(),
+            name: stored.as_ref().map(|stored| stored.name.clone()).unwrap_or_default(),
             ok: verified.problems.is_empty(),
             checked_bytes: verified.checked_bytes,
             frames: stored.as_ref().map(total_frames).unwrap_or_default(),
             problems: problems.collect(),
         })
-    }
-
-    /// Compares two.
-    pub(crate) fn diff_snapshots(
-        &self,
-        from: &str,
-        to: &str,
-        environment: Option<&str>,
-    ) -> Result<DiffReport, ApiError> {
-        let from = self.resolve_snapshot(from, environment)?;
-        let to = self.resolve_snapshot(to, environment)?;
-        let diff = self.store.diff(&from, &to).map_err(store_error)?;
-        let mut report = DiffReport {
-            from: from.to_string(),
-            to: to.to_string(),
-            machines: Vec::new(),
-            only_from: Vec::new(),
-            only_to: Vec::new(),
-            in_flight_from: diff.frames.shared + diff.frames.only_a,
-            in_flight_to: diff.frames.shared + diff.frames.only_b,
-        };
-        for machine in diff.machines {
-            match machine {
-                diorama_store::MachineDiff::Both { name, pages_differing, pages, disks, .. } => {
-                    report.machines.push(MachineDiff {
-                        name,
-                        pages_changed: pages_differing,
-                        pages,
-                        disk_bytes_added: disks.iter().map(|disk| disk.only_b_bytes).sum(),
-                    });
-                }
-                diorama_store::MachineDiff::OnlyA { name } => report.only_from.push(name),
-                diorama_store::MachineDiff::OnlyB { name } => report.only_to.push(name),
-            }
-        }
-        Ok(report)
     }
 
     /// The snapshot that the user means.
@@ -185,7 +149,7 @@ pub(crate) fn report(stored: &Stored) -> SnapshotReport {
     };
     SnapshotReport {
         id: stored.id.to_string(),
-        name: manifest.name.clone(),
+        name: stored.name.clone(),
         environment: manifest.environment.clone(),
         parent: manifest.parent.map(|parent| parent.to_string()),
         created: manifest.created.clone(),

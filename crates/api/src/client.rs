@@ -25,12 +25,13 @@ use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
 use crate::{
-    AgentInfo, ApiError, CreateSnapshotRequest, DiffReport, DownReport, DownRequest, DrainHostRequest, Empty,
-    EnvironmentStatus, ErrorBody, ErrorKind, Event, ExecReport, ExecRequest, Folders, ForkReport,
-    ForkRequest, HostInfo, InitHostRequest, JoinHostRequest, MachinesRequest, Progress, PruneReport,
-    PruneRequest, RemoveHostRequest, RemoveReport, RestoreReport, RestoreRequest, SnapshotList,
-    SnapshotReport, StopAgentRequest, StoreCheckReport, StoreCheckRequest, StoreGcReport, StoreGcRequest,
-    StoreStats, TokenReply, TokenRequest, UpRequest, VerifyReport,
+    AgentInfo, ApiError, ArrivalReport, CreateSnapshotRequest, DiffReport, DownReport, DownRequest,
+    DrainHostRequest, Empty, EnvironmentStatus, ErrorBody, ErrorKind, Event, ExecReport, ExecRequest,
+    ExportReport, ExportRequest, ExtractReport, ExtractRequest, Folders, ForkReport, ForkRequest, HostInfo,
+    ImportRequest, InitHostRequest, JoinHostRequest, MachinesRequest, Progress, PruneReport, PruneRequest,
+    RemoveHostRequest, RemoveReport, RestoreReport, RestoreRequest, SnapshotList, SnapshotReport,
+    StopAgentRequest, StoreCheckReport, StoreCheckRequest, StoreGcReport, StoreGcRequest, StoreStats,
+    TokenReply, TokenRequest, TransferReport, TransferRequest, UpRequest, VerifyReport,
 };
 
 /// The largest answer, and the longest line of an event stream, that the client takes: an `exec` report may
@@ -468,6 +469,70 @@ impl Client {
         observer: impl Observer,
     ) -> Result<VerifyReport, ClientError> {
         self.operate(&snapshot_path(query, "/verify", environment), &Empty {}, observer).await
+    }
+
+    /// Writes what a snapshot holds as ordinary files.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn extract_snapshot(
+        &self,
+        query: &str,
+        environment: Option<&str>,
+        request: &ExtractRequest,
+        observer: impl Observer,
+    ) -> Result<ExtractReport, ClientError> {
+        self.operate(&snapshot_path(query, "/extract", environment), request, observer).await
+    }
+
+    /// Writes a snapshot into one file.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn export_snapshot(
+        &self,
+        query: &str,
+        environment: Option<&str>,
+        request: &ExportRequest,
+        observer: impl Observer,
+    ) -> Result<ExportReport, ClientError> {
+        self.operate(&snapshot_path(query, "/export", environment), request, observer).await
+    }
+
+    /// Takes in a snapshot from a file.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn import_snapshot(
+        &self,
+        request: &ImportRequest,
+        observer: impl Observer,
+    ) -> Result<ArrivalReport, ClientError> {
+        self.operate("/v1/store/import", request, observer).await
+    }
+
+    /// Copies snapshots to another store.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn push_snapshots(
+        &self,
+        request: &TransferRequest,
+        observer: impl Observer,
+    ) -> Result<TransferReport, ClientError> {
+        self.operate("/v1/store/push", request, observer).await
+    }
+
+    /// Copies snapshots from another store.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn pull_snapshots(
+        &self,
+        request: &TransferRequest,
+        observer: impl Observer,
+    ) -> Result<TransferReport, ClientError> {
+        self.operate("/v1/store/pull", request, observer).await
     }
 
     /// What the store holds.

@@ -26,6 +26,8 @@
 //! | `DELETE /v1/snapshots/{query}?environment=` | | [`RemoveReport`] |
 //! | `POST /v1/snapshots/{query}/verify?environment=` | | events, [`VerifyReport`] |
 //! | `GET /v1/snapshots/{query}/diff/{other}?environment=` | | [`DiffReport`] |
+//! | `POST /v1/snapshots/{query}/extract?environment=` | [`ExtractRequest`] | events, [`ExtractReport`] |
+//! | `POST /v1/snapshots/{query}/export?environment=` | [`ExportRequest`] | events, [`ExportReport`] |
 //! | `GET /v1/hosts` | | `Vec<`[`HostInfo`]`>` |
 //! | `POST /v1/hosts/init`, `…/join` | [`InitHostRequest`], [`JoinHostRequest`] | [`HostInfo`] |
 //! | `POST /v1/hosts/token` | [`TokenRequest`] | [`TokenReply`] |
@@ -35,6 +37,8 @@
 //! | `POST /v1/store/check` | [`StoreCheckRequest`] | events, [`StoreCheckReport`] |
 //! | `POST /v1/store/gc` | [`StoreGcRequest`] | events, [`StoreGcReport`] |
 //! | `POST /v1/store/prune` | [`PruneRequest`] | events, [`PruneReport`] |
+//! | `POST /v1/store/import` | [`ImportRequest`] | events, [`ArrivalReport`] |
+//! | `POST /v1/store/push`, `…/pull` | [`TransferRequest`] | events, [`TransferReport`] |
 //!
 //! An error outside an event stream has a 4xx or 5xx status and an [`ErrorBody`].
 
@@ -47,6 +51,7 @@ mod host;
 mod snapshot;
 mod store;
 mod system;
+mod transfer;
 
 pub use client::*;
 pub use environment::*;
@@ -57,3 +62,4 @@ pub use host::*;
 pub use snapshot::*;
 pub use store::*;
 pub use system::*;
+pub use transfer::*;

@@ -274,6 +274,9 @@ pub struct DiffReport {
     pub in_flight_from: u64,
     /// Frames in flight in the second.
     pub in_flight_to: u64,
+    /// Frames in flight in both: the same but for their times.
+    #[serde(default)]
+    pub in_flight_both: u64,
 }
 
 /// One machine in two snapshots.
@@ -285,8 +288,25 @@ pub struct MachineDiff {
     pub pages_changed: u64,
     /// Pages in all.
     pub pages: u64,
+    /// Whether its devices' state differs.
+    #[serde(default)]
+    pub state_changed: bool,
     /// Bytes of disk layers that only the second has.
     pub disk_bytes_added: u64,
+    /// Its disks, each as the guest sees it.
+    #[serde(default)]
+    pub disks: Vec<DiskDiff>,
+}
+
+/// One disk in two snapshots.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskDiff {
+    /// Its name.
+    pub name: String,
+    /// 64 KiB clusters that differ; null for a disk that only one of them has.
+    pub clusters_changed: Option<u64>,
+    /// Clusters in all, of the larger.
+    pub clusters: u64,
 }
 
 /// Take an environment back to a snapshot.

@@ -17,6 +17,7 @@ mod environment_choice;
 mod environment_file;
 mod failure;
 mod output;
+mod pipe;
 mod progress;
 mod quantity;
 mod secret;

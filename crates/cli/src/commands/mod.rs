@@ -9,8 +9,10 @@ mod console;
 mod doctor;
 mod down;
 mod exec;
+mod export;
 mod fork;
 mod host;
+mod import;
 mod logs;
 mod pause;
 mod restore;
@@ -48,6 +50,8 @@ pub enum Command {
     Resume(resume::Arguments),
     #[command(subcommand)]
     Store(store::Command),
+    Export(export::Arguments),
+    Import(import::Arguments),
     Validate(validate::Arguments),
     Schema(schema::Arguments),
     Doctor(doctor::Arguments),
@@ -88,6 +92,13 @@ pub fn run(
                 return done;
             }
             session::run(named, output, started, async |session| store::run(command, session).await)
+        }
+        Command::Export(arguments) => {
+            export::check(&arguments, output)?;
+            session::run(named, output, started, async |session| export::run(arguments, session).await)
+        }
+        Command::Import(arguments) => {
+            session::run(named, output, started, async |session| import::run(arguments, session).await)
         }
         Command::Restore(arguments) => {
             session::run(named, output, started, async |session| restore::run(arguments, session).await)

@@ -4,8 +4,10 @@
 //! end the lab proves that nothing stays behind: no process, no socket, no part of a snapshot. The images are those of
 //! `make images`, found where the program itself looks.
 
+mod carry;
 mod disks;
 mod encryption;
+mod extract;
 mod faults;
 mod hosts;
 mod interrupts;

@@ -2,6 +2,7 @@
 
 mod create;
 mod diff;
+mod extract;
 mod list;
 mod prune;
 mod rm;
@@ -13,7 +14,7 @@ use clap::Subcommand;
 use crate::failure::Failure;
 use crate::session::Session;
 
-/// Take, look at, prove, compare and delete snapshots
+/// Take, look at, prove, compare, extract and delete snapshots
 ///
 /// A snapshot holds a whole environment at one causally consistent cut: every machine's memory, devices and disks, and
 /// every frame that was in flight. It is there completely or not at all.
@@ -30,6 +31,7 @@ pub enum Command {
     Show(show::Arguments),
     Verify(verify::Arguments),
     Diff(diff::Arguments),
+    Extract(extract::Arguments),
     Rm(rm::Arguments),
     Prune(prune::Arguments),
 }
@@ -56,6 +58,7 @@ pub async fn run(command: Command, session: &Session<'_>) -> Result<u8, Failure>
         Command::Show(arguments) => show::run(arguments, session).await,
         Command::Verify(arguments) => verify::run(arguments, session).await,
         Command::Diff(arguments) => diff::run(arguments, session).await,
+        Command::Extract(arguments) => extract::run(arguments, session).await,
         Command::Rm(arguments) => rm::run(arguments, session).await,
         Command::Prune(arguments) => prune::run(arguments, session).await,
     }
