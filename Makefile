@@ -103,6 +103,8 @@ licences: ## check the licences of all dependencies (deny.toml)
 	@cargo deny --version >/dev/null 2>&1 || cargo install --locked cargo-deny
 	cargo deny check licenses bans sources
 
+# What the store is compared with.
+bench: PACKAGES += restic borgbackup
 bench: setup build images ## measure; ARGS go to the benchmark
 	cargo run --release -p diorama-bench -- $(ARGS)
 

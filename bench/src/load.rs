@@ -25,7 +25,9 @@ pub(crate) enum Load {
     Idle,
     /// A paced UDP and a paced TCP stream in each pair: within the two cores.
     Light,
-    /// The same, iperf3 as fast as it goes in each pair, and all machines writing to memory.
+    /// The same, and every machine writes to a disk and to a part of its memory.
+    Writing,
+    /// As light, iperf3 as fast as it goes in each pair, and all machines writing to memory.
     Busy,
     /// Tokens as fast as they go round all machines, a UDP and a TCP stream.
     Ring,
@@ -33,7 +35,7 @@ pub(crate) enum Load {
 
 /// Starts environment `name` from nothing and lets its machines do `load`.
 pub(crate) fn start(lab: &Lab, name: &str, memory_mib: u64, load: Load) -> Result<(), Failure> {
-    let file = lab.write(&format!("{name}.yaml"), &specification(name, memory_mib))?;
+    let file = lab.write(&format!("{name}.yaml"), &specification(name, memory_mib, load))?;
     let file = file.to_string_lossy().into_owned();
     let _: EnvironmentStatus = lab.run(&["up", &file])?;
     for machine in MACHINES {
@@ -151,16 +153,23 @@ fn programs(load: Load) -> Vec<(&'static str, String, String)> {
     };
     let pairs: &[(&'static str, &'static str, &str)] = match load {
         Load::Idle => &[],
-        Load::Light | Load::Busy => &[("a", "b", "10.0.0.2"), ("c", "d", "10.0.0.4")],
+        Load::Light | Load::Writing | Load::Busy => &[("a", "b", "10.0.0.2"), ("c", "d", "10.0.0.4")],
         Load::Ring => &[("a", "c", "10.0.0.3"), ("b", "d", "10.0.0.4")],
     };
     // Emulated guests are slow: more than this is not within two cores.
-    let (datagrams, bytes) = if load == Load::Light { (100, "64KiB") } else { (200, "256KiB") };
+    let (datagrams, bytes) =
+        if matches!(load, Load::Light | Load::Writing) { (100, "64KiB") } else { (200, "256KiB") };
     for (from, to, address) in pairs {
         add(to, "udp-recv", "traffic udp-recv --port 7000 STATUS".into());
         add(to, "tcp-serve", "traffic tcp-serve --port 7001 STATUS".into());
         add(from, "udp-send", format!("traffic udp-send --to {address}:7000 --rate {datagrams} STATUS"));
         add(from, "tcp-send", format!("traffic tcp-send --to {address}:7001 --rate {bytes} STATUS"));
+    }
+    if load == Load::Writing {
+        for machine in MACHINES {
+            add(machine, "disk", "traffic disk --file /dev/vda --size 32MiB --rate 64KiB STATUS".into());
+            add(machine, "memory", "traffic memory --bytes 8MiB --rate 20 STATUS".into());
+        }
     }
     if load == Load::Busy {
         for (from, to, address) in pairs {
@@ -185,13 +194,14 @@ fn programs(load: Load) -> Vec<(&'static str, String, String)> {
     programs
 }
 
-fn specification(name: &str, memory_mib: u64) -> String {
+fn specification(name: &str, memory_mib: u64, load: Load) -> String {
+    let disks = if load == Load::Writing { ", disks: [{name: data, size: 64MiB}]" } else { "" };
     let machines: String = MACHINES
         .iter()
         .zip(1..)
         .map(|(machine, host)| {
             format!(
-                "  {machine}: {{image: micro, memory: {memory_mib}MiB, nics: [{{network: lan, address: 10.0.0.{host}/24}}]}}\n"
+                "  {machine}: {{image: micro, memory: {memory_mib}MiB, nics: [{{network: lan, address: 10.0.0.{host}/24}}]{disks}}}\n"
             )
         })
         .collect();

@@ -1,8 +1,12 @@
 //! What snapshots of machines at work take in the store, and how fast memory goes in and comes out.
 //!
-//! Four machines run under a light load, and are snapshotted again and again. Then the same memory is put into a store
-//! of its own, by one thread, and read back: so that nothing else is in the figures. Beside it stands what zstd makes of
-//! all different pages in one piece, and what restic and borg make of the same files, where they are installed.
+//! Four machines run under a light load and write to their disks, and are snapshotted again and again. Then the same memory
+//! and the same layers of disks are put into a store of their own, by one thread, and the memory is read back: so that
+//! nothing else is in the figures. Beside it stands what zstd makes of all different pages and clusters in one piece, what
+//! restic and borg make of the same files, where they are installed, and what QEMU's own snapshots within a qcow2 image take
+//! ([`internal`]).
+
+mod internal;
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -14,7 +18,10 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use diorama_api::SnapshotReport;
-use diorama_store::{Address, Manifest, Piece, SnapshotId, Store, StoreError};
+use diorama_store::{
+    Address, CLUSTER_BYTES, LayerRecord, MachineRecord, Manifest, PAGE_BYTES, Piece, SnapshotId, Store,
+    StoreError,
+};
 use serde::Serialize;
 
 use crate::Common;
@@ -24,7 +31,6 @@ use crate::lab::{self, Lab, say};
 use crate::load::{self, Load};
 
 const ENVIRONMENT: &str = "bench";
-const PAGE: usize = 4096;
 const MIB: f64 = 1_048_576.0;
 
 /// Its arguments.
@@ -67,7 +73,7 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
     let interval = Duration::from_secs(if common.quick { 5 } else { arguments.interval });
     let lab = Lab::new()?;
     say("store: starting four machines");
-    load::start(&lab, ENVIRONMENT, common.memory, Load::Light)?;
+    load::start(&lab, ENVIRONMENT, common.memory, Load::Writing)?;
     let mut ids = Vec::new();
     for number in 1..=count {
         lab::sleep(interval)?;
@@ -76,21 +82,27 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
         let report: SnapshotReport = lab.run(&["-e", ENVIRONMENT, "snapshot", "create", &name])?;
         ids.push(report.id.parse::<SnapshotId>().map_err(|e| stored(&e))?);
     }
+    let internal = internal::measure(&lab, ENVIRONMENT, count)?;
     load::stop(&lab, ENVIRONMENT)?;
 
     let source = Store::open(&lab.home().join("store")).map_err(|e| stored(&e))?;
-    let files = lab.home().join("memory");
+    let files = lab.home().join("contents");
     let mut snapshots = Vec::new();
     for id in &ids {
         let manifest = source.load(id).map_err(|e| stored(&e))?.manifest;
         let folder = files.join(id.to_string());
-        fs::create_dir_all(&folder).map_err(Failure::io("cannot make a folder for memory"))?;
+        fs::create_dir_all(&folder).map_err(Failure::io("cannot make a folder for contents"))?;
+        let create =
+            |name: String| File::create(folder.join(name)).map_err(Failure::io("cannot write contents"));
         for machine in &manifest.machines {
-            let file =
-                File::create(folder.join(&machine.name)).map_err(Failure::io("cannot write memory"))?;
+            let file = create(machine.name.clone())?;
             let loaded =
                 source.load(id).and_then(|s| source.copy_ram(&s, &machine.name, &file, &mut |_, _| {}));
             loaded.map_err(|e| stored(&e))?;
+            for (disk, index, layer) in layers(machine) {
+                let file = create(layer_file(&machine.name, disk, index))?;
+                source.copy_layer(layer, &file, &mut |_, _| {}).map_err(|e| stored(&e))?;
+            }
         }
         snapshots.push((manifest, folder));
     }
@@ -111,6 +123,7 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
     let folders: Vec<&Path> = snapshots.iter().map(|(_, folder)| folder.as_path()).collect();
     totals.extend(restic(lab.home(), &folders)?);
     totals.extend(borg(lab.home(), &folders)?);
+    totals.push(internal);
     let index = Store::open(&target).and_then(|store| store.stats()).map_err(|e| stored(&e))?;
     let many = if common.quick { 1_000 } else { 10_000 };
     let list_ms = list(&snapshots[0].0, many).map_err(|e| stored(&e))?;
@@ -128,7 +141,18 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
     Ok(Outcome { name: "store", json, text, violations: Vec::new() })
 }
 
-/// Puts one snapshot's memory in and takes it out again.
+/// The layers of a machine's disks: the disk's name, which layer, and the layer.
+fn layers(machine: &MachineRecord) -> impl Iterator<Item = (&str, usize, &LayerRecord)> {
+    machine.disks.iter().flat_map(|disk| {
+        disk.layers.iter().enumerate().map(|(index, layer)| (disk.name.as_str(), index, layer))
+    })
+}
+
+fn layer_file(machine: &str, disk: &str, index: usize) -> String {
+    format!("{machine}.{disk}.{index}")
+}
+
+/// Puts one snapshot in and takes its memory out again. The times are those of the memory, and of making all durable.
 fn one(target: &Path, manifest: &Manifest, folder: &Path) -> Result<Row, StoreError> {
     let store = Store::open(target)?;
     let mut manifest = manifest.clone();
@@ -140,15 +164,25 @@ fn one(target: &Path, manifest: &Manifest, folder: &Path) -> Result<Row, StoreEr
         let file = File::open(&path).map_err(|source| StoreError::Io { action: "open", path, source })?;
         machine.ram = writer.put_ram(&machine.name, &file, machine.ram.bytes, &mut |_, _| {})?;
         machine.device_state = writer.put_bytes(Piece::DeviceState, &machine.name, b"")?;
-        (machine.disks, machine.kernel, machine.initrd) = (Vec::new(), None, None);
+        (machine.kernel, machine.initrd) = (None, None);
         row.logical_bytes += machine.ram.bytes;
         row.used_bytes += machine.ram.used_bytes;
     }
+    row.ingest_ms = started.elapsed().as_secs_f64() * 1e3;
+    for machine in &mut manifest.machines {
+        for disk in &mut machine.disks {
+            for (index, layer) in disk.layers.iter_mut().enumerate() {
+                let file = folder.join(layer_file(&machine.name, &disk.name, index));
+                *layer = writer.put_layer(&machine.name, &disk.name, index, layer.format, &file)?;
+            }
+        }
+    }
     manifest.frames = writer.put_frames(&[])?;
+    let started = Instant::now();
     manifest.bytes = writer.seal()?;
     row.new_bytes = manifest.bytes.new;
     let id = writer.commit(manifest)?;
-    row.ingest_ms = started.elapsed().as_secs_f64() * 1e3;
+    row.ingest_ms += started.elapsed().as_secs_f64() * 1e3;
 
     let stored = store.load(&id)?;
     let out = tempfile::Builder::new().prefix("dio-bench-").tempfile_in("/dev/shm").map_err(|source| {
@@ -186,28 +220,38 @@ fn list(template: &Manifest, count: usize) -> Result<f64, StoreError> {
     Ok(started.elapsed().as_secs_f64() * 1e3)
 }
 
-/// What zstd makes of every different page, in one piece.
+/// What zstd makes of every different page and cluster, in one piece.
 fn whole(snapshots: &[(Manifest, PathBuf)]) -> Result<Total, Failure> {
-    say("store: compressing all different pages in one piece");
+    say("store: compressing all different pages and clusters in one piece");
     let mut seen = HashSet::new();
     let mut encoder = zstd::Encoder::new(Vec::new(), 1).map_err(Failure::io("cannot compress"))?;
     let mut first_bytes = None;
     for (manifest, folder) in snapshots {
         for machine in &manifest.machines {
             let file = File::open(folder.join(&machine.name)).map_err(Failure::io("cannot read memory"))?;
-            let mut page = [0; PAGE];
-            for number in 0..machine.ram.bytes / PAGE as u64 {
-                file.read_exact_at(&mut page, number * PAGE as u64)
-                    .map_err(Failure::io("cannot read memory"))?;
-                if page != [0; PAGE] && seen.insert(Address::of(&page)) {
-                    encoder.write_all(&page).map_err(Failure::io("cannot compress"))?;
+            let mut put = |file: &File, bytes: u64, leaf: u64| -> std::io::Result<()> {
+                let mut buffer = vec![0; usize::try_from(leaf).expect("a leaf is small")];
+                for offset in (0..bytes).step_by(buffer.len()) {
+                    let length = buffer.len().min(usize::try_from(bytes - offset).unwrap_or(usize::MAX));
+                    let leaf = &mut buffer[..length];
+                    file.read_exact_at(leaf, offset)?;
+                    if leaf.iter().any(|byte| *byte != 0) && seen.insert(Address::of(leaf)) {
+                        encoder.write_all(leaf)?;
+                    }
                 }
+                Ok(())
+            };
+            put(&file, machine.ram.bytes, PAGE_BYTES).map_err(Failure::io("cannot compress memory"))?;
+            for (disk, index, layer) in layers(machine) {
+                let file = File::open(folder.join(layer_file(&machine.name, disk, index)));
+                file.and_then(|file| put(&file, layer.bytes, CLUSTER_BYTES))
+                    .map_err(Failure::io("cannot compress a disk's layer"))?;
             }
         }
         first_bytes.get_or_insert(encoder.get_ref().len() as u64);
     }
     let bytes = encoder.finish().map_err(Failure::io("cannot compress"))?.len() as u64;
-    Ok(Total { what: "zstd -1 of all different pages", bytes, first_bytes })
+    Ok(Total { what: "zstd -1 of all different pages and clusters", bytes, first_bytes })
 }
 
 fn restic(home: &Path, folders: &[&Path]) -> Result<Option<Total>, Failure> {
@@ -327,7 +371,7 @@ fn text(memory_mib: u64, interval: Duration, rows: &[Row], totals: &[Total]) -> 
         })
         .collect();
     format!(
-        "Store: four machines of {memory_mib} MiB at work, a snapshot every {} s; memory alone, in by one thread\n{}\n{}",
+        "Store: four machines of {memory_mib} MiB at work, a snapshot every {} s; in by one thread\n{}\n{}",
         interval.as_secs(),
         table(&header, &snapshots),
         table(&["what", "MiB in all", "the first", "each later", "this store / it"], &sums),
