@@ -71,10 +71,12 @@ fn connect(path: &Path) -> Result<Client, QmpError> {
 /// The node and the file of the disk's active layer.
 fn active_image(monitor: &mut Client) -> Result<(String, PathBuf), QmpError> {
     let nodes = monitor.execute("query-named-block-nodes", json!({"flat": true}), ANSWER)?;
-    let active =
-        nodes.as_array().into_iter().flatten().find(|node| node["drv"] == "qcow2" && node["ro"] == false);
-    let text = |field: &str| active.and_then(|node| node[field].as_str()).unwrap_or_default().to_owned();
-    Ok((text("node-name"), PathBuf::from(text("file"))))
+    let text = |driver: &str, field: &str| {
+        let nodes = nodes.as_array().into_iter().flatten();
+        let writable = nodes.into_iter().find(|node| node["drv"] == driver && node["ro"] == false);
+        writable.and_then(|node| node[field].as_str()).unwrap_or_default().to_owned()
+    };
+    Ok((text("qcow2", "node-name"), PathBuf::from(text("file", "file"))))
 }
 
 fn save(path: &Path, node: &str, tag: &str) -> Result<(), QmpError> {
