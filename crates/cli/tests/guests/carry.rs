@@ -2,8 +2,16 @@
 
 use std::process::Stdio;
 
-use crate::lab::{Lab, entries, ran, refusal};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::lab::{Lab, entries, ran, refusal, until};
 use crate::traffic::{self, PAIR};
+
+/// Whether a command of this lab's has its standard input or output in the agent's hands.
+fn pipes(lab: &Lab) -> bool {
+    entries(&lab.runtime()).iter().any(|name| name.starts_with("pipe-"))
+}
 
 #[test]
 fn a_snapshot_goes_on_elsewhere() {
@@ -68,6 +76,13 @@ fn a_snapshot_goes_on_elsewhere() {
     assert_eq!((left.status, refusal(&left).kind.as_str()), (Some(1), "corrupt"));
     let left = here.run(&["export", "base", "-o", "-", "--json"]);
     assert_eq!(left.status, Some(2), "{left:?}");
+
+    // A reader that never reads, and Ctrl-C.
+    let export = here.begin_without_json(&["export", "base", "-o", "-"]);
+    until("a socket for it", || pipes(&here).then_some(()));
+    kill(Pid::from_raw(export.id().cast_signed()), Signal::SIGINT).unwrap();
+    assert_eq!(ran(export.wait_with_output().unwrap()).status, Some(130));
+    assert!(!pipes(&here));
 
     // From store to store, both ways: only what is new.
     let other = here.folder().join("other-store");

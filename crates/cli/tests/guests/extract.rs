@@ -7,8 +7,12 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
-use crate::lab::{Lab, entries};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::lab::{Lab, entries, ran, until};
 
 const MIB: u64 = 1 << 20;
 
@@ -103,6 +107,20 @@ networks: {lan: {}}
     }
     assert!(tool("qemu-img", &["info", text(&disk("layered", "based.qcow2"))]).contains(text(&image)));
     assert!(!tool("qemu-img", &["info", text(&disk("flat", "based.qcow2"))]).contains("backing"));
+    // What the store has lost is not made up.
+    let packs = lab.home().join("store/packs");
+    let flip = || {
+        for pack in entries(&packs) {
+            let file = File::options().read(true).write(true).open(packs.join(pack)).unwrap();
+            let (at, mut byte) = (file.metadata().unwrap().len() / 3, [0]);
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+        }
+    };
+    flip();
+    assert_eq!(lab.refused(&["snapshot", "extract", "two", "--to", "broken"]).kind, "corrupt");
+    assert!(!to("broken").exists());
+    flip();
     // An image that has changed cannot be flattened; what names it is written with a warning.
     std::fs::write(&image, b"something else").unwrap();
     assert_eq!(
@@ -251,6 +269,25 @@ fn memory_is_where_the_guest_has_it() {
         serde_json::from_slice(&std::fs::read(folder.join("manifest.json")).unwrap()).unwrap();
     assert_eq!((&manifest["name"], &manifest["environment"]), (&"still".into(), &"memory".into()));
     assert_eq!(report["files"].as_array().unwrap().len(), 6);
+
+    // Ctrl-C leaves nothing, wherever it comes.
+    let stopped = lab.folder().join("stopped");
+    until("an extraction that is stopped half-way", || {
+        let command = lab.begin(&["snapshot", "extract", "still", "--to", text(&stopped)]);
+        let begun = Instant::now();
+        while tree(&stopped).is_empty() && begun.elapsed() < Duration::from_secs(20) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        kill(Pid::from_raw(command.id().cast_signed()), Signal::SIGINT).unwrap();
+        let left = ran(command.wait_with_output().unwrap());
+        if left.status == Some(0) {
+            std::fs::remove_dir_all(&stopped).unwrap();
+            return None;
+        }
+        assert_eq!(left.status, Some(130), "{left:?}");
+        until("the end of its traces", || (!stopped.exists()).then_some(()));
+        Some(())
+    });
 
     // Nothing is written over, and a refusal leaves nothing.
     let before = tree(lab.folder());

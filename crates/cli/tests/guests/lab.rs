@@ -140,6 +140,11 @@ impl Lab {
         self.spawn(&mut self.command(&[arguments, &["--json"]].concat()))
     }
 
+    /// The same for a command whose standard output is no document.
+    pub fn begin_without_json(&self, arguments: &[&str]) -> Child {
+        self.spawn(&mut self.command(arguments))
+    }
+
     fn spawn(&self, command: &mut Command) -> Child {
         // A process group of its own: what the terminal sends to the test is not sent to it as well.
         command.process_group(0).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
