@@ -285,9 +285,11 @@ impl PackBuilder {
         Self { bytes, kind, nonce, groups: Vec::new(), addresses: Vec::new(), lengths: Vec::new() }
     }
 
-    /// Whether it has reached [`PACK_BYTES`].
+    /// Whether it has reached [`PACK_BYTES`], its table counted: of pages that compress to next to nothing the table is
+    /// the larger part.
     pub fn is_full(&self) -> bool {
-        self.bytes.len() >= PACK_BYTES
+        let table = self.groups.len() * TABLE_GROUP_BYTES + self.addresses.len() * TABLE_CHUNK_BYTES;
+        self.bytes.len() + table >= PACK_BYTES
     }
 
     /// Appends a group.

@@ -130,3 +130,22 @@ proptest! {
         prop_assert_eq!(read(&id, &bytes), Ok(chunks));
     }
 }
+
+/// Of pages that compress to next to nothing the table is what grows: a pack must not outgrow what is read.
+#[test]
+fn a_pack_is_full_when_its_table_is_long() {
+    let mut pack = PackBuilder::new(PackKind::Data, [7; 16]);
+    let mut group = GroupBuilder::new(PackKind::Data);
+    let mut number = 0_u32;
+    while !pack.is_full() {
+        let chunk = number.to_le_bytes().repeat(8);
+        number += 1;
+        if !group.fits(chunk.len()) {
+            pack.add(group.seal().unwrap());
+        }
+        group.push(Address::of(&chunk), &chunk);
+    }
+    let (_, bytes, table) = pack.finish();
+    assert!(table.len() > 300_000, "{}", table.len());
+    assert!(bytes.len() <= PACK_BYTES + (1 << 20), "{}", bytes.len());
+}
