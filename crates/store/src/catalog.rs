@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::address::Address;
 use crate::backend::Object;
+use crate::concurrent;
 use crate::error::StoreError;
 use crate::id::SnapshotId;
 use crate::manifest::{Bytes, Manifest, Receipt, check_snapshot_name};
@@ -110,28 +111,30 @@ impl Store {
         }
         let mut present = HashMap::with_capacity(objects.len());
         let mut summaries = Vec::with_capacity(objects.len());
-        let mut read = 0;
+        let mut unknown = Vec::new();
         for object in &objects {
             // What is not called like a snapshot's manifest is none.
             let Some(id) = snapshot_of(&object.name) else { continue };
             let version = version(object);
-            let entry = match cache.known.remove(&id) {
-                Some(known) if known.version == version => known.entry,
-                _ => {
-                    read += 1;
-                    match self.read_manifest(&id) {
-                        Ok(manifest) => Entry::new(id, manifest),
-                        Err(StoreError::Missing { .. }) => continue,
-                        Err(error) => {
-                            summaries.push(Summary::Damaged { id, error });
-                            continue;
-                        }
-                    }
+            match cache.known.remove(&id) {
+                Some(known) if known.version == version => {
+                    summaries.push(Summary::Intact(renamed(known.entry.clone(), &mut aliases)));
+                    present.insert(id, known);
                 }
-            };
-            present.insert(id, Summarised { version, entry: entry.clone() });
-            let name = aliases.remove(&id).unwrap_or(entry.name);
-            summaries.push(Summary::Intact(Entry { name, ..entry }));
+                _ => unknown.push((id, version)),
+            }
+        }
+        let read = unknown.len();
+        let entries = self.read_entries(&unknown)?;
+        for ((id, version), entry) in unknown.into_iter().zip(entries) {
+            match entry {
+                Ok(entry) => {
+                    present.insert(id, Summarised { version, entry: entry.clone() });
+                    summaries.push(Summary::Intact(renamed(entry, &mut aliases)));
+                }
+                Err(StoreError::Missing { .. }) => {}
+                Err(error) => summaries.push(Summary::Damaged { id, error }),
+            }
         }
         cache.known = present;
         if read > STALE_ENTRIES_MAX + summaries.len() / 50 {
@@ -249,6 +252,20 @@ impl Store {
         parts.iter().all(|part| part.root.is_zero() || index.find(&part.root).is_some())
     }
 
+    /// What lists say of these, or what is wrong with each.
+    fn read_entries(
+        &self,
+        snapshots: &[(SnapshotId, (u64, u64))],
+    ) -> Result<Vec<Result<Entry, StoreError>>, StoreError> {
+        let at_once = self.backend().reading().at_once;
+        concurrent::try_each(snapshots, at_once, |(id, _)| match self.read_manifest(id) {
+            Ok(manifest) => Ok(Ok(Entry::new(*id, manifest))),
+            // No snapshot is damaged because a server cannot be reached.
+            Err(error @ StoreError::Remote { .. }) => Err(error),
+            Err(error) => Ok(Err(error)),
+        })
+    }
+
     fn read_summaries(&self) -> HashMap<SnapshotId, Summarised> {
         let Ok(Some(bytes)) = self.backend().read(SUMMARIES_KEY, SUMMARIES_BYTES_MAX) else {
             return HashMap::new();
@@ -294,6 +311,12 @@ pub(crate) fn name_key(environment: &str, name: &str) -> String {
 /// The key of the object that says what a snapshot is called here.
 pub(crate) fn alias_key(id: &SnapshotId) -> String {
     format!("{ALIASES}/{id}")
+}
+
+/// What a list says of a snapshot that may have another name here than its manifest says.
+fn renamed(entry: Entry, aliases: &mut HashMap<SnapshotId, String>) -> Entry {
+    let name = aliases.remove(&entry.id).unwrap_or(entry.name);
+    Entry { name, ..entry }
 }
 
 fn snapshot_of(name: &str) -> Option<SnapshotId> {

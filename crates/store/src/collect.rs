@@ -10,13 +10,18 @@
 //!
 //! 1. An empty object `doomed/<pack>` is made for each pack that is to go. A writer that begins later sees it, and
 //!    stores again what it would have found there.
-//! 2. Only when no other session is alive, the snapshots that have appeared since the plan are traced. A doomed pack
-//!    that one of them needs is spared: its mark is removed.
-//! 3. The packs that are still doomed are removed, and then their marks.
+//! 2. The marks are listed, and only when no other session is alive then, the snapshots that have appeared since the
+//!    plan are traced. A pack of that list that one of them needs is spared: its mark is removed.
+//! 3. The other packs of that list are removed, and then their marks.
 //!
 //! A writer that began before step 1 holds its session until it has committed or given up; as long as there is one,
-//! step 2 waits for the next time (`deferred`). Sessions are listed after the marks were made, and snapshots after
-//! the sessions: who was missed by the one is seen by the other.
+//! step 2 waits for the next time (`deferred`). Sessions are listed after the marks, and snapshots after the sessions:
+//! who was missed by the one is seen by the other. What another collector marks after step 2 is not this one's to
+//! remove: a writer may have begun in between.
+//!
+//! A collector has a session too. If it is stopped half-way and loses it (where sessions can be lost), another one may
+//! do the same work beside it. Both remove only what, at one moment when no writer was alive, was doomed and not
+//! needed; and what is so once is never needed again, since whoever begins later stores those chunks anew.
 //!
 //! # Crashes
 //!
@@ -125,6 +130,8 @@ impl Store {
             self.backend().create(&doomed_key(id), b"")?;
         }
         self.refresh()?;
+        // Before the sessions: whoever begins after they were counted may rely on what is doomed later.
+        let doomed = self.doomed()?;
         let mut collected =
             Collected { plan: planned.plan, removed_packs: 0, freed_bytes: 0, deferred: false };
         // This one is among them.
@@ -138,7 +145,8 @@ impl Store {
         let lengths: BTreeMap<PackId, u64> =
             self.index().packs().map(|(pack, _)| (pack.id, pack.table.pack_bytes())).collect();
         let mut freed = 0;
-        for id in &self.doomed()? {
+        for id in &doomed {
+            target.check()?;
             if spared.contains(id) {
                 self.backend().remove(&doomed_key(id), None)?;
                 continue;

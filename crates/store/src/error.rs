@@ -33,6 +33,38 @@ pub enum StoreError {
         /// How many bytes the whole file may take, where that is known.
         needed_bytes: Option<u64>,
     },
+    /// What should say where a store is does not.
+    #[error("{location} is no place for a store: {problem}")]
+    BadLocation {
+        /// What was given.
+        location: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// A server did not do what it was asked.
+    #[error("cannot {action} {object} at {server}: {problem}{}", said(detail))]
+    Remote {
+        /// What was tried, as a verb.
+        action: &'static str,
+        /// The object, or the bucket, as an URL.
+        object: String,
+        /// Where it was asked.
+        server: String,
+        /// What is wrong.
+        problem: RemoteProblem,
+        /// What the server, or the way to it, said of that.
+        detail: String,
+    },
+    /// A writer has shown no sign of life for so long that others may have removed what it relied on.
+    #[error(
+        "{session} has ended: the store could not be reached for {silent_s} s, or another host took it for dead"
+    )]
+    SessionLost {
+        /// The session's object.
+        session: String,
+        /// Since when it could not be renewed, in seconds.
+        silent_s: u64,
+    },
     /// A folder that holds something else.
     #[error("{} is not empty and holds no snapshot store", path.display())]
     NotAStore {
@@ -268,6 +300,39 @@ pub enum StoreError {
     },
 }
 
+/// Why a server did not do what it was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RemoteProblem {
+    /// There is no way to it, or nobody listens.
+    #[error("it cannot be reached")]
+    Unreachable,
+    /// It takes connections and does not answer.
+    #[error("it does not answer")]
+    Silent,
+    /// It says that it cannot just now.
+    #[error("it fails")]
+    Failing,
+    /// It has no such bucket.
+    #[error("there is no such bucket")]
+    NoBucket,
+    /// Nobody said who asks.
+    #[error("there are no credentials")]
+    NoCredentials,
+    /// It does not know who asks, or does not let them.
+    #[error("access is denied")]
+    Denied,
+    /// It does not take the request.
+    #[error("the request is refused")]
+    Refused,
+    /// It writes over what it was told to create.
+    #[error("it does not know conditional writes (If-None-Match), which keep several writers apart")]
+    Unconditional,
+    /// The settings make no sense.
+    #[error("the settings are wrong")]
+    Misconfigured,
+}
+
 /// How a stored file differs from what was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -401,6 +466,10 @@ impl StoreError {
 
 fn at(offset: Option<u64>) -> String {
     offset.map_or_else(String::new, |offset| format!(" at offset {offset}"))
+}
+
+fn said(detail: &str) -> String {
+    if detail.is_empty() { String::new() } else { format!(": {detail}") }
 }
 
 fn needed(bytes: Option<u64>) -> String {

@@ -13,17 +13,15 @@ use crate::address::Address;
 use crate::error::{Damage, StoreError};
 use crate::index::{ChunkNumber, Found, Pack};
 use crate::manifest::Part;
-use crate::pack::Opener;
+use crate::pack::{Group, Opener};
 use crate::root::{Store, pack_key};
 use crate::tree::{self, Place, Visitor};
 
-/// How many groups of nodes are kept: 4 MiB.
-const CACHED_GROUPS: usize = 128;
+/// How many groups of nodes are kept: 8 MiB.
+const CACHED_GROUPS: usize = 256;
 /// How many leaves are traced before they are fetched: their list takes 32 MiB.
 const LEAVES_AT_ONCE: usize = 4 << 20;
-/// Adjacent groups are read together up to about this length.
-const READ_BYTES: u64 = 1 << 20;
-/// The most threads that fetch one file.
+/// The most threads that fetch one file, where they do not wait for a backend.
 const WORKERS_MAX: usize = 8;
 
 /// Groups read lately.
@@ -36,6 +34,15 @@ pub(crate) struct NodeCache {
 
 /// A group by its pack's first chunk and its number, and its raw bytes.
 type CachedGroup = ((ChunkNumber, usize), Arc<Vec<u8>>);
+
+impl NodeCache {
+    fn keep(&mut self, key: (ChunkNumber, usize), group: Arc<Vec<u8>>) {
+        if self.groups.len() >= CACHED_GROUPS {
+            self.groups.remove(0);
+        }
+        self.groups.push((key, group));
+    }
+}
 
 /// A place in a part that cannot be had.
 #[derive(Debug)]
@@ -180,19 +187,63 @@ impl Store {
                 group
             }
             None => {
-                let mut raw = Vec::new();
-                self.read_group(&found.pack, found.group, &mut cache.opener, &mut raw)?;
-                let group = Arc::new(raw);
-                if cache.groups.len() >= CACHED_GROUPS {
-                    cache.groups.remove(0);
-                }
-                cache.groups.push((key, Arc::clone(&group)));
+                let group = match self.read_neighbours(&found.pack, found.group, cache)? {
+                    Some(group) => group,
+                    None => {
+                        let mut raw = Vec::new();
+                        self.read_group(&found.pack, found.group, &mut cache.opener, &mut raw)?;
+                        Arc::new(raw)
+                    }
+                };
+                cache.keep(key, Arc::clone(&group));
                 group
             }
         };
         let bytes = chunk_of(found, &group);
         self.check_chunk(found, address, bytes)?;
         Ok(bytes.to_vec())
+    }
+
+    /// Reads a group together with those around it, where the backend likes that, and keeps these. `None` where it does
+    /// not, or some of it cannot be had: then the group is read alone.
+    fn read_neighbours(
+        &self,
+        pack: &Pack,
+        wanted: usize,
+        cache: &mut NodeCache,
+    ) -> Result<Option<Arc<Vec<u8>>>, StoreError> {
+        let most = self.backend().reading().node_bytes;
+        let groups = &pack.table.groups;
+        // Blocks of the pack, whichever of its groups is wanted: a tree's upper nodes stand behind its lower ones.
+        let block = |group: &Group| u64::from(group.offset).checked_div(most);
+        let here = block(&groups[wanted]);
+        if here.is_none() {
+            return Ok(None);
+        }
+        let first = groups[..wanted].iter().rposition(|group| block(group) != here).map_or(0, |at| at + 1);
+        let end = wanted + groups[wanted..].iter().take_while(|group| block(group) == here).count();
+        let (start, stop) = (groups[first].offset, groups[end - 1].end());
+        let mut stored = vec![0; (stop - start) as usize];
+        match self.backend().read_range(&pack_key(&pack.id), start.into(), &mut stored) {
+            Ok(()) => {}
+            Err(error) if error.is_damage() => return Ok(None),
+            Err(error) => return Err(error),
+        }
+        let mut found = None;
+        for (group, at) in groups.iter().enumerate().take(end).skip(first) {
+            let bytes = &stored[(at.offset - start) as usize..(at.end() - start) as usize];
+            let mut raw = Vec::new();
+            if self.open_group(pack, group, bytes, &mut cache.opener, &mut raw).is_err() {
+                continue;
+            }
+            let raw = Arc::new(raw);
+            if group == wanted {
+                found = Some(raw);
+            } else if !cache.groups.iter().any(|(known, _)| *known == (pack.first, group)) {
+                cache.keep((pack.first, group), raw);
+            }
+        }
+        Ok(found)
     }
 
     pub(crate) fn check_chunk(
@@ -274,17 +325,19 @@ impl Visitor for Trace<'_> {
     }
 }
 
-/// Adjacent groups of one pack that are read at once, and the leaves that they hold.
+/// Groups of one pack that are read at once, and the leaves that they hold. Between two may be some that nobody wants.
 struct Run<'a> {
     pack: Arc<Pack>,
     groups: Vec<(usize, &'a [Want])>,
 }
 
 impl Run<'_> {
-    fn stored_bytes(&self) -> u64 {
-        let first = self.groups.first().map_or(0, |(group, _)| self.pack.table.groups[*group].offset);
-        let last = self.groups.last().map_or(0, |(group, _)| self.pack.table.groups[*group].end());
-        u64::from(last - first)
+    fn start(&self) -> u32 {
+        self.groups.first().map_or(0, |(group, _)| self.pack.table.groups[*group].offset)
+    }
+
+    fn end(&self) -> u32 {
+        self.groups.last().map_or(0, |(group, _)| self.pack.table.groups[*group].end())
     }
 }
 
@@ -294,7 +347,8 @@ impl Trace<'_> {
         wants.sort_unstable();
         let runs = self.runs(&wants)?;
         let cores = thread::available_parallelism().map_or(1, usize::from);
-        let workers = cores.min(WORKERS_MAX).min(runs.len() / 4).max(1);
+        let waiting = self.store.backend().reading().at_once.min(runs.len());
+        let workers = cores.min(WORKERS_MAX).min(runs.len() / 4).max(waiting).max(1);
         let next = AtomicUsize::new(0);
         let stop = AtomicBool::new(false);
         let (store, part, sink) = (self.store, self.part, self.sink);
@@ -332,8 +386,9 @@ impl Trace<'_> {
         })
     }
 
-    /// Cuts sorted wants up by group, and joins groups that are adjacent.
+    /// Cuts sorted wants up by group, and joins groups that are adjacent, or nearly so.
     fn runs<'w>(&mut self, wants: &'w [Want]) -> Result<Vec<Run<'w>>, StoreError> {
+        let reading = self.store.backend().reading();
         let mut runs: Vec<Run<'w>> = Vec::new();
         let mut rest = wants;
         while let Some(first) = rest.first() {
@@ -348,8 +403,8 @@ impl Trace<'_> {
             rest = others;
             if let Some(run) = runs.last_mut()
                 && run.pack.id == found.pack.id
-                && run.groups.last().is_some_and(|(last, _)| last + 1 == found.group)
-                && run.stored_bytes() + u64::from(group.stored_bytes) <= READ_BYTES
+                && u64::from(group.offset - run.end()) <= reading.gap_bytes
+                && u64::from(group.end() - run.start()) <= reading.run_bytes
             {
                 run.groups.push((found.group, these));
             } else {
@@ -372,8 +427,8 @@ impl Worker<'_> {
     /// Returns how many bytes of the part it was.
     fn run(&mut self, run: &Run<'_>) -> Result<u64, StoreError> {
         let table = &run.pack.table;
-        let start = run.groups.first().map_or(0, |(group, _)| table.groups[*group].offset);
-        let mut stored = vec![0; run.stored_bytes() as usize];
+        let start = run.start();
+        let mut stored = vec![0; (run.end() - start) as usize];
         let read = self.store.backend().read_range(&pack_key(&run.pack.id), start.into(), &mut stored);
         let whole = match read {
             Ok(()) => true,

@@ -108,6 +108,16 @@ impl Target {
         Ok(())
     }
 
+    /// See [`Session::check`].
+    pub(crate) fn check(&self) -> Result<(), StoreError> {
+        lock(&self.session).as_ref().map_or(Ok(()), |session| session.check())
+    }
+
+    /// See [`Session::confirm`].
+    pub(crate) fn confirm(&self) -> Result<(), StoreError> {
+        lock(&self.session).as_ref().map_or(Ok(()), |session| session.confirm())
+    }
+
     pub(crate) fn end(&self) -> Result<(), StoreError> {
         lock(&self.session).take().map_or(Ok(()), Session::end)
     }

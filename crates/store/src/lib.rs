@@ -1,7 +1,7 @@
 //! Snapshots in a store: how they are written, found, proved, read back, removed, and what they share.
 //!
-//! docs/store-format.md describes every byte. In short, a store is objects under keys, in a folder or what behaves
-//! like one ([`backend`]):
+//! docs/store-format.md describes every byte. In short, a store is objects under keys, in a folder or in a bucket of a
+//! server that speaks S3 ([`backend`]):
 //!
 //! ```text
 //! format                       names the layout; refused when unknown
@@ -47,6 +47,7 @@ mod blocks;
 mod catalog;
 mod check;
 mod collect;
+mod concurrent;
 mod diff;
 mod error;
 mod export;
@@ -59,6 +60,7 @@ mod index;
 mod ingest;
 mod keys;
 mod known;
+mod location;
 mod manifest;
 mod pack;
 mod part_reader;
@@ -79,12 +81,13 @@ pub use catalog::{Entry, Stored, Summary};
 pub use check::{CheckOptions, CheckProblem, CheckProblemKind, CheckReport};
 pub use collect::{CollectOptions, CollectPlan, Collected};
 pub use diff::{Diff, DiskDiff, FramesDiff, MachineDiff};
-pub use error::{Damage, StoreError};
+pub use error::{Damage, RemoteProblem, StoreError};
 pub use export::Exported;
 pub use files::{Linked, link_file};
 pub use frames::{FramesError, MAX_FRAME_BYTES, MAX_FRAMES, MAX_FRAMES_FILE_BYTES, StoredFrame};
 pub use id::{ParseIdError, SnapshotId};
 pub use keys::{KeySlot, Keyring, PassphraseCost, Secret, SecretError};
+pub use location::{AsLocation, Location};
 pub use manifest::{
     Accounting, BaseRecord, Bytes, Capture, CutRecord, DiskRecord, Dropped, FORMAT, FileRecord, Hardware,
     InFlightPolicy, LayerFormat, LayerRecord, LearnedRecord, MachineRecord, MachineState, Manifest,

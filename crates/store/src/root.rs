@@ -2,18 +2,18 @@
 
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
-use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use crate::backend::folder::Folder;
 use crate::backend::sealed::Sealed;
 use crate::backend::{Backend, Recovered};
 use crate::catalog::Summaries;
+use crate::concurrent;
 use crate::error::{Damage, StoreError};
-use crate::files;
 use crate::index::Index;
 use crate::keys::{self, KEYS, Keyring, PassphraseCost, Secret};
 use crate::known::KnownRoots;
+use crate::location::AsLocation;
 use crate::pack::{self, FOOTER_BYTES, MAGIC, PACK_BYTES_MAX, PackError, PackId, Table};
 use crate::write::Writer;
 
@@ -22,7 +22,7 @@ const FORMAT: &str = "diorama-store/1";
 const FORMAT_ENCRYPTED: &str = "diorama-store/1+encrypted";
 const FORMAT_KEY: &str = "format";
 /// Everything that a store's folder may have in it.
-const OURS: [&str; 11] = [
+const OURS: [&str; 12] = [
     "format",
     "lock",
     "incoming",
@@ -33,8 +33,12 @@ const OURS: [&str; 11] = [
     "aliases",
     "receipts",
     "cache",
+    "sessions",
     KEYS,
 ];
+/// A pack's end is read to have its table: most are shorter than this, and what is read in vain costs less than
+/// another request.
+const TAIL_BYTES: u64 = 448 << 10;
 /// Where packs are.
 pub(crate) const PACKS: &str = "packs";
 /// Where there is an empty object for each pack that is about to go.
@@ -56,6 +60,8 @@ struct Inner {
     fetching: RwLock<()>,
     /// Of an encrypted store.
     keyring: Option<Keyring>,
+    /// The format has been found to be ours.
+    checked: AtomicBool,
 }
 
 /// How a store is opened.
@@ -74,15 +80,33 @@ pub(crate) struct BadPack {
 }
 
 impl Store {
-    /// Opens the store in this folder, makes it where there is none, and removes what a crash has left.
-    pub fn open(root: &Path) -> Result<Self, StoreError> {
-        Self::open_with(root, &OpenOptions::default())
+    /// Opens the store that is there, makes it where there is none, and removes what a crash has left.
+    pub fn open(location: &(impl AsLocation + ?Sized)) -> Result<Self, StoreError> {
+        Self::open_with(location, &OpenOptions::default())
     }
 
     /// The same, where it may be encrypted.
-    pub fn open_with(root: &Path, options: &OpenOptions) -> Result<Self, StoreError> {
-        files::create_folders(root)?;
-        Self::open_in(Arc::new(Folder::open(root)?), options)
+    pub fn open_with(
+        location: &(impl AsLocation + ?Sized),
+        options: &OpenOptions,
+    ) -> Result<Self, StoreError> {
+        Self::open_in(location.as_location().backend()?, options)
+    }
+
+    /// The same, also when the server does not let us just now: then everything fails until it does. With a secret it
+    /// is needed at once, for the keys are there.
+    pub fn open_later(
+        location: &(impl AsLocation + ?Sized),
+        options: &OpenOptions,
+    ) -> Result<Self, StoreError> {
+        let backend = location.as_location().backend()?;
+        match Self::open_in(Arc::clone(&backend), options) {
+            Err(error @ StoreError::Remote { .. }) if options.secret.is_none() => {
+                tracing::warn!(%error, "the store cannot be used");
+                Ok(Self::unopened(backend, None))
+            }
+            opened => opened,
+        }
     }
 
     /// The store that is in this backend, made where there is none.
@@ -92,38 +116,18 @@ impl Store {
 
     /// The same, where it may be encrypted.
     pub fn open_in(backend: Arc<dyn Backend>, options: &OpenOptions) -> Result<Self, StoreError> {
-        let keyring = match find_format(&*backend)? {
-            Found::Plain if options.secret.is_some() => {
-                return Err(StoreError::NotEncrypted { path: backend.locate("") });
-            }
-            Found::Nothing if options.secret.is_some() => {
-                return Err(StoreError::NoStore { path: backend.locate("") });
-            }
-            Found::Plain => None,
-            Found::Nothing => {
-                write_format(&*backend, FORMAT)?;
-                None
-            }
-            Found::Encrypted => {
-                let missing = || StoreError::KeyMissing { path: backend.locate("") };
-                let secret = options.secret.as_ref().ok_or_else(missing)?;
-                let keyring = Keyring::open(Arc::clone(&backend), secret)?;
-                write_format(&*backend, FORMAT_ENCRYPTED)?;
-                Some(keyring)
-            }
-        };
+        let keyring = settle_format(&backend, options)?;
         Self::with_keyring(backend, keyring)
     }
 
-    /// Makes an encrypted store in this folder, which this secret opens. There must be none.
+    /// Makes an encrypted store there, which this secret opens. There must be none.
     pub fn create_encrypted(
-        root: &Path,
+        location: &(impl AsLocation + ?Sized),
         secret: &Secret,
         cost: PassphraseCost,
         label: &str,
     ) -> Result<Self, StoreError> {
-        files::create_folders(root)?;
-        Self::create_encrypted_in(Arc::new(Folder::open(root)?), secret, cost, label)
+        Self::create_encrypted_in(location.as_location().backend()?, secret, cost, label)
     }
 
     /// The same in any backend.
@@ -145,13 +149,24 @@ impl Store {
         Self::with_keyring(backend, Some(keyring))
     }
 
-    fn with_keyring(below: Arc<dyn Backend>, keyring: Option<Keyring>) -> Result<Self, StoreError> {
+    /// The store, once its format is known.
+    fn with_keyring(backend: Arc<dyn Backend>, keyring: Option<Keyring>) -> Result<Self, StoreError> {
+        let store = Self::unopened(backend, keyring);
+        store.inner.checked.store(true, Ordering::Relaxed);
+        for error in &store.recover()?.failed {
+            tracing::warn!(%error, "cannot remove what a crash has left in the store");
+        }
+        store.look_again()?;
+        Ok(store)
+    }
+
+    fn unopened(below: Arc<dyn Backend>, keyring: Option<Keyring>) -> Self {
         let backend: Arc<dyn Backend> = match &keyring {
             Some(keyring) => Arc::new(Sealed::new(below, keyring.master())),
             None => below,
         };
         let seed = RandomState::new().hash_one(std::process::id());
-        let store = Self {
+        Self {
             inner: Arc::new(Inner {
                 backend,
                 index: RwLock::new(Index::new(seed)),
@@ -159,15 +174,9 @@ impl Store {
                 summaries: Mutex::default(),
                 fetching: RwLock::default(),
                 keyring,
+                checked: AtomicBool::new(false),
             }),
-        };
-        for error in &store.recover()?.failed {
-            tracing::warn!(%error, "cannot remove what a crash has left in the store");
         }
-        for bad in store.refresh()? {
-            tracing::warn!(pack = %bad.id.short(), error = %bad.error, "a pack cannot be used");
-        }
-        Ok(store)
     }
 
     /// Removes what writers have left whose processes died. What they had published already is left to
@@ -178,6 +187,7 @@ impl Store {
 
     /// Starts writing a snapshot.
     pub fn begin(&self) -> Result<Writer, StoreError> {
+        self.check_format()?;
         // The session first: from here on nothing that the index holds can go.
         let session = self.backend().begin()?;
         self.refresh()?;
@@ -227,26 +237,39 @@ impl Store {
 
     /// Brings the index in line with what is in the backend. Returns the packs that cannot be used.
     pub(crate) fn refresh(&self) -> Result<Vec<BadPack>, StoreError> {
+        self.check_format()?;
         // Doomed ones first: a pack that is there and not doomed now was not doomed when it was listed.
         let doomed = self.doomed()?;
         let mut present = BTreeSet::new();
-        let mut bad = Vec::new();
+        let mut new = Vec::new();
         for object in self.backend().list(PACKS)? {
             // Whatever is not called like a pack is not one.
             let Ok(id) = object.name.parse::<PackId>() else { continue };
             if self.index().contains_pack(&id) {
                 present.insert(id);
-                continue;
+            } else {
+                new.push((id, object.bytes));
             }
-            match self.read_table(&id, object.bytes) {
-                Ok(table) => {
-                    self.index_mut().add(id, table, doomed.contains(&id))?;
-                    present.insert(id);
+        }
+        let mut bad = Vec::new();
+        // Not all at once: their tables take memory twice until the index has them.
+        let at_once = self.backend().reading().at_once;
+        for some in new.chunks(at_once.max(16)) {
+            let tables =
+                concurrent::try_each(some, at_once, |(id, bytes)| match self.read_table(id, *bytes) {
+                    Err(error) if !error.is_damage() => Err(error),
+                    read => Ok(read),
+                })?;
+            for ((id, _), table) in some.iter().zip(tables) {
+                match table {
+                    Ok(table) => {
+                        self.index_mut().add(*id, table, doomed.contains(id))?;
+                        present.insert(*id);
+                    }
+                    // Somebody collected it just now.
+                    Err(StoreError::Corrupt { damage: Damage::Missing, .. }) => {}
+                    Err(error) => bad.push(BadPack { id: *id, error }),
                 }
-                // Somebody collected it just now.
-                Err(StoreError::Corrupt { damage: Damage::Missing, .. }) => {}
-                Err(error) if error.is_damage() => bad.push(BadPack { id, error }),
-                Err(error) => return Err(error),
             }
         }
         self.index_mut().settle(&present, &doomed);
@@ -266,19 +289,40 @@ impl Store {
         if pack_bytes < least || pack_bytes > PACK_BYTES_MAX {
             return Err(corrupt(PackError::NotAPack));
         }
+        let mut tail = vec![0; pack_bytes.min(TAIL_BYTES) as usize];
+        let tail_at = pack_bytes - tail.len() as u64;
+        self.backend().read_range(&key, tail_at, &mut tail)?;
         let mut magic = [0; MAGIC.len()];
-        self.backend().read_range(&key, 0, &mut magic)?;
+        if tail_at == 0 {
+            magic.copy_from_slice(&tail[..MAGIC.len()]);
+        } else {
+            self.backend().read_range(&key, 0, &mut magic)?;
+        }
         if magic != *MAGIC {
             return Err(corrupt(PackError::NotAPack));
         }
         let mut footer = [0; FOOTER_BYTES];
-        let footer_at = pack_bytes - FOOTER_BYTES as u64;
-        self.backend().read_range(&key, footer_at, &mut footer)?;
-        let table_bytes = pack::table_bytes(&footer, pack_bytes).map_err(corrupt)?;
+        let footer_at = tail.len() - FOOTER_BYTES;
+        footer.copy_from_slice(&tail[footer_at..]);
         // Bounded by the pack's length.
-        let mut table = vec![0; table_bytes as usize];
-        self.backend().read_range(&key, footer_at - table_bytes, &mut table)?;
+        let table_bytes = pack::table_bytes(&footer, pack_bytes).map_err(corrupt)?;
+        if table_bytes <= footer_at as u64 {
+            let table = &tail[footer_at - table_bytes as usize..footer_at];
+            return Table::decode(id, table, pack_bytes).map_err(corrupt);
+        }
+        let mut table = vec![0; table_bytes as usize - footer_at];
+        self.backend().read_range(&key, tail_at + footer_at as u64 - table_bytes, &mut table)?;
+        table.extend_from_slice(&tail[..footer_at]);
         Table::decode(id, &table, pack_bytes).map_err(corrupt)
+    }
+
+    /// Looks once whether this is a store of our format; makes it one if there is nothing.
+    fn check_format(&self) -> Result<(), StoreError> {
+        if !self.inner.checked.load(Ordering::Relaxed) {
+            settle_format(&self.inner.backend, &OpenOptions::default())?;
+            self.inner.checked.store(true, Ordering::Relaxed);
+        }
+        Ok(())
     }
 }
 
@@ -296,6 +340,30 @@ enum Found {
     Nothing,
     Plain,
     Encrypted,
+}
+
+/// Finds that there is a store that these options open, or makes one. Returns the keys of an encrypted one.
+fn settle_format(backend: &Arc<dyn Backend>, options: &OpenOptions) -> Result<Option<Keyring>, StoreError> {
+    Ok(match find_format(&**backend)? {
+        Found::Plain if options.secret.is_some() => {
+            return Err(StoreError::NotEncrypted { path: backend.locate("") });
+        }
+        Found::Nothing if options.secret.is_some() => {
+            return Err(StoreError::NoStore { path: backend.locate("") });
+        }
+        Found::Plain => None,
+        Found::Nothing => {
+            write_format(&**backend, FORMAT)?;
+            None
+        }
+        Found::Encrypted => {
+            let missing = || StoreError::KeyMissing { path: backend.locate("") };
+            let secret = options.secret.as_ref().ok_or_else(missing)?;
+            let keyring = Keyring::open(Arc::clone(backend), secret)?;
+            write_format(&**backend, FORMAT_ENCRYPTED)?;
+            Some(keyring)
+        }
+    })
 }
 
 fn find_format(backend: &dyn Backend) -> Result<Found, StoreError> {

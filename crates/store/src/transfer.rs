@@ -433,7 +433,7 @@ impl Intake {
         } else {
             backend.replace(&alias_key, name.as_bytes())?;
         }
-        let created = backend.create(&manifest_key(id), &copied.bytes);
+        let created = self.target.confirm().and_then(|()| backend.create(&manifest_key(id), &copied.bytes));
         if let Err(error) = created {
             // It may be there all the same, perhaps not durable: whoever is told of an error has no snapshot.
             let name_key = name_key(environment, name);

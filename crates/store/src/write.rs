@@ -11,7 +11,8 @@
 //!
 //! Invariants:
 //! * The manifest is created last, when every pack that it needs is durable: those of this writer, by `publish`; those
-//!   that were there, since they were published. The session keeps them from being collected meanwhile.
+//!   that were there, since they were published. The session keeps them from being collected meanwhile, and just
+//!   before the manifest it is confirmed that it did.
 //! * No other writer sees a chunk before it is durable, so none relies on one that is not.
 //! * A writer of which any `put_…` failed half-way cannot commit: other threads may rely on chunks that it took on.
 
@@ -166,10 +167,16 @@ impl Writer {
         self.target.publish()?;
         let name_key = name_key(environment, name);
         take_name(&self.store, environment, name, &id)?;
-        let created = self.store.backend().create(&manifest_key(&id), &bytes);
+        let created =
+            self.target.confirm().and_then(|()| self.store.backend().create(&manifest_key(&id), &bytes));
         match created {
             Ok(true) => {}
-            Ok(false) => return Err(StoreError::AlreadyStored { id }),
+            Ok(false) => {
+                if let Err(error) = self.target.end() {
+                    tracing::warn!(%id, %error, "cannot remove what was staged");
+                }
+                return Err(StoreError::AlreadyStored { id });
+            }
             Err(error) => {
                 // It may be there all the same, perhaps not durable: whoever is told of an error has no snapshot.
                 let backend = self.store.backend();

@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Backend, Object, Recovered, Session};
+use super::{Backend, Object, Reading, Recovered, Session};
 use crate::error::{Damage, StoreError};
 use crate::root::PACKS;
 use crate::seal::{self, MasterKey, SEGMENT_BYTES, Sealer, WHOLE_OVERHEAD_BYTES};
@@ -186,6 +186,10 @@ impl Backend for Sealed {
     fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
         self.inner.free_bytes()
     }
+
+    fn reading(&self) -> Reading {
+        self.inner.reading()
+    }
 }
 
 impl Session for SealedSession {
@@ -196,6 +200,14 @@ impl Session for SealedSession {
 
     fn publish(&self, keys: &[String]) -> Result<(), StoreError> {
         self.inner.publish(keys)
+    }
+
+    fn check(&self) -> Result<(), StoreError> {
+        self.inner.check()
+    }
+
+    fn confirm(&self) -> Result<(), StoreError> {
+        self.inner.confirm()
     }
 
     fn end(self: Box<Self>) -> Result<(), StoreError> {

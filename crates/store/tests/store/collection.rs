@@ -2,6 +2,7 @@
 
 use diorama_store::*;
 
+use crate::place::STAGED_GOES;
 use crate::sample::*;
 
 fn collect(store: &Store) -> Collected {
@@ -29,7 +30,9 @@ fn what_a_living_writer_relies_on_stays() {
     drop(late_writer);
     let id = writer.commit(manifest).unwrap();
     let collected = collect(&sample.store);
-    assert!(!collected.deferred && collected.removed_packs == 0, "{collected:?}");
+    assert!(!collected.deferred, "{collected:?}");
+    // What the late one has staged is left to this, where it did not go with it: perhaps instead of the doomed packs.
+    assert!(collected.removed_packs == 0 || !STAGED_GOES, "{collected:?}");
     assert_eq!(sample.names_in("doomed"), [""; 0]);
     sample.restores(&sample.reopened(), &id, 1).unwrap();
 }
@@ -90,8 +93,7 @@ fn nothing_goes_while_a_manifest_cannot_be_read() {
     let gone = sample.commit("gone", 1);
     let damaged = sample.commit("damaged", 2);
     sample.store.remove(&gone).unwrap();
-    let file = sample.manifest_file(&damaged);
-    std::fs::write(&file, b"{}").unwrap();
+    sample.backend.replace(&format!("snapshots/{damaged}.json"), b"{}").unwrap();
     let packs = sample.names_in("packs");
     let refused = sample.store.collect(CollectOptions::default(), &mut none);
     assert!(matches!(refused, Err(StoreError::CannotCollect { .. })), "{refused:?}");

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use diorama_store::backend::folder::Folder;
 use diorama_store::*;
 
 use crate::faulty::{Fault, Faulty, Switchboard};
+use crate::place::{self, FAULT_STRIDE};
 use crate::sample::*;
 
 /// Runs `work` with the fault at every position, until it is so late that it does not happen.
@@ -15,15 +15,15 @@ fn at_every_position(
     prepare: fn(&Sample) -> Vec<(SnapshotId, u8)>,
     work: fn(&Sample, &Store) -> Result<(), StoreError>,
 ) {
-    for (fault, make) in
-        [(Fault::Before, BOTH[0]), (Fault::After, BOTH[0]), (Fault::Dead, BOTH[0]), (Fault::After, BOTH[1])]
-    {
-        for position in 0.. {
+    let kinds =
+        [(Fault::Before, BOTH[0]), (Fault::After, BOTH[0]), (Fault::Dead, BOTH[0]), (Fault::After, BOTH[1])];
+    for (number, (fault, make)) in kinds.into_iter().enumerate() {
+        for position in (place::first_fault(number)..).step_by(FAULT_STRIDE) {
             let sample = make();
             let before = prepare(&sample);
             let board = Switchboard::new(fault);
-            let folder = Arc::new(Folder::open(&sample.root()).unwrap());
-            let faulty = Store::open_in(Faulty::new(folder, &board), &sample.options).unwrap();
+            let faulty = Faulty::new(Arc::clone(&sample.backend), &board);
+            let faulty = Store::open_in(faulty, &sample.options).unwrap();
             board.arm(position);
             let result = work(&sample, &faulty);
             drop(faulty);
@@ -38,6 +38,7 @@ fn at_every_position(
 }
 
 fn assert_whole(sample: &Sample, before: &[(SnapshotId, u8)], what: &str) {
+    place::let_time_pass(sample);
     let store = sample.reopened();
     let options = CheckOptions { read_data: true, repair: false };
     let whole = |store: &Store, when: &str| {
@@ -103,8 +104,7 @@ fn collect() {
             sample.store.remove(&alone).unwrap();
             sample.store.remove(&both).unwrap();
             let pack = sample.names_in("packs").remove(0);
-            std::fs::create_dir_all(sample.root().join("doomed")).unwrap();
-            std::fs::write(sample.root().join("doomed").join(pack), b"").unwrap();
+            sample.backend.create(&format!("doomed/{pack}"), b"").unwrap();
             vec![(kept, 1)]
         },
         |_, store| store.collect(CollectOptions::default(), &mut none).map(drop),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use diorama_store::backend::{Backend, Object, Recovered, Session};
+use diorama_store::backend::{Backend, Object, Reading, Recovered, Session};
 use diorama_store::*;
 
 /// What happens at the operation that is chosen.
@@ -124,6 +124,10 @@ impl Backend for Faulty {
         self.board.run(|| self.inner.recover())
     }
 
+    fn reading(&self) -> Reading {
+        self.inner.reading()
+    }
+
     fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
         self.board.run(|| self.inner.free_bytes())
     }
@@ -143,6 +147,14 @@ impl Session for FaultySession {
     /// Each key is an operation of its own: it can fail between two.
     fn publish(&self, keys: &[String]) -> Result<(), StoreError> {
         keys.iter().try_for_each(|key| self.board.run(|| self.inner().publish(std::slice::from_ref(key))))
+    }
+
+    fn check(&self) -> Result<(), StoreError> {
+        self.board.run(|| self.inner().check())
+    }
+
+    fn confirm(&self) -> Result<(), StoreError> {
+        self.board.run(|| self.inner().confirm())
     }
 
     fn end(mut self: Box<Self>) -> Result<(), StoreError> {

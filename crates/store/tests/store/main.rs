@@ -10,6 +10,7 @@ mod full_disk;
 mod kept;
 mod model;
 mod names;
+mod place;
 mod round_trip;
 mod sample;
 mod sharing;

@@ -58,7 +58,7 @@ fn take(sample: &Sample, store: &Store, template: &Manifest, name: &str, pages: 
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: crate::place::CASES, ..ProptestConfig::default() })]
 
     #[test]
     fn a_store_is_a_map_of_snapshots(kind in 0..2_usize, steps in prop::collection::vec(step(), 1..14)) {

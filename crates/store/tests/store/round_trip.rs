@@ -18,7 +18,7 @@ fn all_of_it_comes_back() {
     let stored = again.load(&id).unwrap();
     assert_eq!(stored.manifest, manifest);
     assert_eq!(stored.receipt, Some(Receipt { create_ms: 12 }));
-    let bytes = std::fs::read(sample.manifest_file(&id)).unwrap();
+    let bytes = sample.backend.read(&format!("snapshots/{id}.json"), MIB).unwrap().unwrap();
     assert_eq!(SnapshotId::of_manifest(&bytes), id);
     sample.restores(&again, &id, 7).unwrap();
     sample.restores(&sample.store, &id, 7).unwrap();

@@ -3,7 +3,9 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use diorama_store::backend::Backend;
 use diorama_store::*;
 use diorama_topology as topology;
 
@@ -18,6 +20,9 @@ pub struct Sample {
     pub folder: tempfile::TempDir,
     pub store: Store,
     pub options: OpenOptions,
+    /// Where the store is: `crate::place` says, so that the same tests run in a folder and in a bucket.
+    pub location: Location,
+    pub backend: Arc<dyn Backend>,
 }
 
 /// A store, and an encrypted one.
@@ -33,23 +38,33 @@ impl Sample {
     pub fn new() -> Self {
         // In memory: the tests wait for a disk thousands of times otherwise.
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-        let store = Store::open(&folder.path().join("store")).unwrap();
-        Self::around(folder, store, OpenOptions::default())
+        let location = crate::place::new(folder.path());
+        let store = Store::open(&location).unwrap();
+        Self::around(folder, location, store, OpenOptions::default())
     }
 
     pub fn encrypted() -> Self {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-        let root = folder.path().join("store");
-        let store = Store::create_encrypted(&root, &key(1), PassphraseCost::default(), "first").unwrap();
-        Self::around(folder, store, OpenOptions { secret: Some(key(1)) })
+        let location = crate::place::new(folder.path());
+        let store = Store::create_encrypted(&location, &key(1), PassphraseCost::default(), "first").unwrap();
+        Self::around(folder, location, store, OpenOptions { secret: Some(key(1)) })
     }
 
-    fn around(folder: tempfile::TempDir, store: Store, options: OpenOptions) -> Self {
+    /// One whose store is somewhere else.
+    #[allow(dead_code, reason = "what only a bucket's tests need")]
+    pub fn in_place(location: Location) -> Self {
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let store = Store::open(&location).unwrap();
+        Self::around(folder, location, store, OpenOptions::default())
+    }
+
+    fn around(folder: tempfile::TempDir, location: Location, store: Store, options: OpenOptions) -> Self {
+        let backend = location.backend().unwrap();
         fs::write(folder.path().join("kernel"), vec![9; 10_000]).unwrap();
         for machine in ["client", "server"] {
             fs::write(layer(folder.path(), machine, 0), machine.repeat(50_000)).unwrap();
         }
-        Self { folder, store, options }
+        Self { folder, store, options, location, backend }
     }
 
     /// Everything that a restore reads, compared with what was put.
@@ -129,13 +144,12 @@ impl Sample {
 
     /// The store as another process sees it.
     pub fn reopened(&self) -> Store {
-        Store::open_with(&self.root(), &self.options).unwrap()
+        Store::open_with(&self.location, &self.options).unwrap()
     }
 
     pub fn names_in(&self, folder: &str) -> Vec<String> {
-        let Ok(entries) = fs::read_dir(self.root().join(folder)) else { return Vec::new() };
         let mut names: Vec<String> =
-            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+            self.backend.list(folder).unwrap().into_iter().map(|object| object.name).collect();
         names.sort();
         names
     }

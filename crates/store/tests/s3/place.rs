@@ -1,0 +1,51 @@
+//! Where this program's tests have their stores: in a bucket of one server, each below a prefix of its own.
+
+use std::path::Path;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use diorama_store::Location;
+use diorama_store::backend::s3::S3Settings;
+
+use crate::sample::Sample;
+use crate::server::{BUCKET, Server};
+
+/// Each so many operations one is made to fail: each try takes hundreds of requests.
+pub const FAULT_STRIDE: usize = 5;
+/// How many cases a property test tries.
+pub const CASES: u32 = 3;
+/// What a writer has staged is left to a collection: others may rely on it by then.
+pub const STAGED_GOES: bool = false;
+
+/// One for all tests of this process, with which it ends.
+pub fn server() -> &'static Server {
+    static SERVER: OnceLock<Server> = OnceLock::new();
+    SERVER.get_or_init(Server::start)
+}
+
+/// Which operation is the first to fail: another of each kind of fault.
+pub fn first_fault(kind: usize) -> usize {
+    kind % FAULT_STRIDE
+}
+
+/// A place for a new store.
+pub fn new(folder: &Path) -> Location {
+    let name = folder.file_name().unwrap().to_str().unwrap().trim_start_matches('.');
+    Location::from(settings(server(), name))
+}
+
+/// The place of this name.
+pub fn settings(server: &Server, prefix: &str) -> S3Settings {
+    let location = Location::parse(format!("s3://{BUCKET}/tests/{prefix}"), &|name| server.variable(name));
+    let Ok(Location::S3(mut settings)) = location else { panic!("{location:?}") };
+    // Nobody has to wait for what was refused on purpose.
+    settings.timing.first_patience = Duration::from_secs(3);
+    *settings
+}
+
+/// As much time has passed as it takes until whatever died is known to be dead.
+pub fn let_time_pass(sample: &Sample) {
+    for session in sample.names_in("sessions") {
+        sample.backend.remove(&format!("sessions/{session}"), None).unwrap();
+    }
+}
