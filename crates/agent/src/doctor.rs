@@ -6,11 +6,14 @@ use diorama_api::{CheckStatus, DoctorCheck, DoctorReport, Folders};
 use diorama_qemu::capability::{
     self, Accelerator, BackgroundSnapshot, KvmState, Qemu, UserfaultSource, minimum_vcpus,
 };
+use diorama_store::Location;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
 use crate::hardware;
 use crate::images;
+use crate::problem::store_error;
 use crate::ram_cache::free_bytes;
+use crate::store_location;
 
 /// Looks at this computer, without an agent.
 pub fn doctor() -> DoctorReport {
@@ -38,7 +41,7 @@ pub fn doctor() -> DoctorReport {
     match Folders::from_process() {
         Ok(folders) => {
             checks.push(memory(&folders));
-            checks.push(disk(&folders));
+            checks.push(store(&folders));
             checks.push(image(&folders));
         }
         Err(error) => checks.push(check("folders", CheckStatus::Failed, error.message, error.hint)),
@@ -153,17 +156,31 @@ fn memory(folders: &Folders) -> DoctorCheck {
     }
 }
 
-fn disk(folders: &Folders) -> DoctorCheck {
-    let Some(folder) = existing(folders.home()) else {
-        return check("snapshot store", CheckStatus::Failed, "no folder for it".to_owned(), None);
+fn store(folders: &Folders) -> DoctorCheck {
+    let name = "snapshot store";
+    let location = match store_location(folders) {
+        Ok(location) => location,
+        Err(error) => return check(name, CheckStatus::Failed, error.message, error.hint),
     };
-    let free = free_bytes(folder).unwrap_or(0) >> 20;
-    let found = format!("{} ({free} MiB free)", folders.store().display());
+    let Location::Folder(folder) = &location else {
+        return match location.reach() {
+            Ok(()) => ok(name, format!("{location} can be reached")),
+            Err(error) => {
+                let error = store_error(error);
+                check(name, CheckStatus::Failed, error.message, error.hint)
+            }
+        };
+    };
+    let Some(there) = existing(folder) else {
+        return check(name, CheckStatus::Failed, "no folder for it".to_owned(), None);
+    };
+    let free = free_bytes(there).unwrap_or(0) >> 20;
+    let found = format!("{location} ({free} MiB free)");
     if free >= 1024 {
-        ok("snapshot store", found)
+        ok(name, found)
     } else {
-        let hint = "make room, or set DIORAMA_HOME to a folder on a larger disk".to_owned();
-        check("snapshot store", CheckStatus::Warning, found, Some(hint))
+        let hint = "make room, or set DIORAMA_HOME or DIORAMA_STORE to a folder on a larger disk".to_owned();
+        check(name, CheckStatus::Warning, found, Some(hint))
     }
 }
 

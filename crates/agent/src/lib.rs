@@ -58,7 +58,7 @@ mod upkeep;
 use std::sync::{Arc, OnceLock, Weak};
 
 use diorama_api::{AgentInfo, ApiError, Empty, ErrorKind, Folders, StopAgentRequest};
-use diorama_store::{OpenOptions, Store};
+use diorama_store::{Location, OpenOptions, Store};
 use tokio::sync::Notify;
 
 pub use dataplane::switch_streams;
@@ -99,7 +99,7 @@ impl Agent {
     /// Opens the folders, and takes back what an agent before left running.
     fn open(folders: Folders, opening: &OpenOptions) -> Result<Arc<Self>, ApiError> {
         folders.create()?;
-        let store = Store::open_with(&folders.store(), opening).map_err(problem::store_error)?;
+        let store = Store::open_later(&store_location(&folders)?, opening).map_err(problem::store_error)?;
         let cache = RamCache::open(folders.runtime(), folders.home())?;
         let files = FileCache::open(folders.home())?;
         let plane = DataPlane::start()
@@ -148,6 +148,11 @@ impl Agent {
         self.stop.notify_one();
         Ok(Empty {})
     }
+}
+
+/// Where the store is; a server's address and credentials are in this process's variables.
+pub(crate) fn store_location(folders: &Folders) -> Result<Location, ApiError> {
+    Location::parse(folders.store(), &|name| std::env::var(name).ok()).map_err(problem::store_error)
 }
 
 fn host_name() -> String {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use diorama_api::{ApiError, ErrorKind};
 use diorama_qemu::qmp::QmpError;
-use diorama_store::{ArchiveProblem, StoreError};
+use diorama_store::{ArchiveProblem, RemoteProblem, StoreError};
 
 use crate::dataplane::CutFailure;
 
@@ -90,12 +90,46 @@ pub(crate) fn store_error(error: StoreError) -> ApiError {
         StoreError::LastKey { .. } => {
             ApiError::new(ErrorKind::WrongState, message).hint("add another with `diorama store key add` first")
         }
+        StoreError::BadLocation { .. } => ApiError::new(ErrorKind::Invalid, message)
+            .hint("DIORAMA_STORE is a folder or s3://BUCKET/PREFIX; README.md says which variables go with it"),
+        StoreError::Remote { problem, .. } => {
+            let error = ApiError::new(ErrorKind::Io, message);
+            match remote_hint(problem) {
+                Some(hint) => error.hint(hint),
+                None => error,
+            }
+        }
+        StoreError::SessionLost { .. } => ApiError::new(ErrorKind::Io, message)
+            .hint("nothing of this snapshot is left; take it again once the store can be reached"),
         StoreError::NotAStore { .. } | StoreError::UnsupportedStore { .. } | StoreError::UnsupportedSnapshot { .. } => {
             ApiError::new(ErrorKind::Unsupported, message)
                 .hint("another version of Diorama wrote this, or DIORAMA_HOME is not what you think")
         }
         _ => ApiError::new(ErrorKind::Io, message),
     }
+}
+
+/// What to do about a server that does not do what it is asked.
+fn remote_hint(problem: RemoteProblem) -> Option<&'static str> {
+    Some(match problem {
+        RemoteProblem::Unreachable | RemoteProblem::Silent => {
+            "is AWS_ENDPOINT_URL right, and does the server run? Machines run on meanwhile; `diorama doctor` tries again"
+        }
+        RemoteProblem::Failing => "look at the server; machines run on meanwhile",
+        RemoteProblem::NoBucket => {
+            "make the bucket with the server's own tools, or name another in DIORAMA_STORE"
+        }
+        RemoteProblem::NoCredentials => "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        RemoteProblem::Denied => {
+            "are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY right, and may they read, write, list and delete in this \
+             bucket? An agent keeps the ones it was started with: `diorama agent stop`"
+        }
+        RemoteProblem::Unconditional => {
+            "use a server that knows them: Amazon S3, MinIO, Ceph, Cloudflare R2 and SeaweedFS do in their present versions"
+        }
+        RemoteProblem::Misconfigured => "README.md says which variables are used",
+        _ => return None,
+    })
 }
 
 /// A failure of a QEMU monitor.

@@ -15,6 +15,7 @@ use diorama_api::{
 use diorama_store::{KeySlot, Keyring, OpenOptions, PassphraseCost, SecretError, Store};
 
 use crate::problem::{io_error, store_error};
+use crate::store_location;
 
 /// What opens an encrypted store: a passphrase, or the contents of a key file.
 pub use diorama_store::Secret;
@@ -102,17 +103,17 @@ pub fn init_store(
     secret: Option<&Secret>,
     label: &str,
 ) -> Result<StoreInitReport, ApiError> {
-    let root = folders.store();
+    let location = store_location(folders)?;
     let store = match secret {
-        Some(secret) => Store::create_encrypted(&root, secret, PassphraseCost::default(), label),
-        None => Store::open(&root),
+        Some(secret) => Store::create_encrypted(&location, secret, PassphraseCost::default(), label),
+        None => Store::open(&location),
     }
     .map_err(store_error)?;
     let key = match store.keyring() {
         Some(keyring) => keyring.slots().map_err(store_error)?.0.first().map(shown),
         None => None,
     };
-    Ok(StoreInitReport { store: root.display().to_string(), encrypted: key.is_some(), key })
+    Ok(StoreInitReport { store: location.to_string(), encrypted: key.is_some(), key })
 }
 
 /// Who can open the store.
@@ -158,7 +159,7 @@ pub fn new_key_file(path: &Path) -> Result<NewKeyFileReport, ApiError> {
 
 fn keyring(folders: &Folders, secret: Secret) -> Result<Keyring, ApiError> {
     let options = OpenOptions { secret: Some(secret) };
-    let store = Store::open_with(&folders.store(), &options).map_err(store_error)?;
+    let store = Store::open_with(&store_location(folders)?, &options).map_err(store_error)?;
     Ok(store.keyring().cloned().expect("only an encrypted store opens with a secret"))
 }
 

@@ -12,7 +12,7 @@ use diorama_api::{
     ApiError, ArrivalReport, ErrorKind, ExportReport, ExportRequest, ImportRequest, SecretFile, Stream,
     TransferReport, TransferRequest,
 };
-use diorama_store::{Arrived, BaseRecord, OpenOptions, Store, StoreError};
+use diorama_store::{Arrived, BaseRecord, Location, OpenOptions, Store, StoreError};
 use tempfile::NamedTempFile;
 
 use crate::Agent;
@@ -169,9 +169,16 @@ impl Agent {
 
 /// Opens another store; one that is only read has to be there.
 fn other_store(request: &TransferRequest, create: bool) -> Result<Store, ApiError> {
-    let location = &request.location;
-    let path = Path::new(location);
-    if !create && !path.join("format").is_file() {
+    let location =
+        Location::parse(&request.location, &|name| std::env::var(name).ok()).map_err(store_error)?;
+    let is_there = match &location {
+        Location::Folder(path) => path.join("format").is_file(),
+        Location::S3(_) => {
+            let format = location.backend().and_then(|backend| backend.read("format", 256));
+            format.map_err(store_error)?.is_some()
+        }
+    };
+    if !create && !is_there {
         return Err(ApiError::new(ErrorKind::NotFound, format!("there is no snapshot store in {location}"))
             .hint("the folder of a store is `store` in the DIORAMA_HOME that it belongs to, or what DIORAMA_STORE names"));
     }
@@ -181,7 +188,7 @@ fn other_store(request: &TransferRequest, create: bool) -> Result<Store, ApiErro
         None => None,
     };
     let secret = source.map(|source| source.read()).transpose()?;
-    Store::open_with(path, &OpenOptions { secret }).map_err(|error| match error {
+    Store::open_with(&location, &OpenOptions { secret }).map_err(|error| match error {
         StoreError::KeyMissing { .. } => ApiError::new(ErrorKind::Locked, error.to_string())
             .hint("name what opens it with --key-file or --passphrase-file"),
         error => store_error(error),

@@ -7,10 +7,12 @@
 //!   `DIORAMA_RUNTIME_DIR`, else `/dev/shm/diorama-UID-HASH` (HASH is of the home, so that several homes do
 //!   not meet). It belongs to the user alone (mode 0700).
 //!
-//! - The **store** of snapshots: `DIORAMA_STORE`, else `store` in the home. Hosts of a cluster share one.
+//! - The **store** of snapshots: `DIORAMA_STORE`, else `store` in the home. Hosts of a cluster share one. It is a folder,
+//!   or a place on a server (`s3://BUCKET/PREFIX`).
 //!
 //! Nothing is written anywhere else, except where the user said.
 
+use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -21,7 +23,7 @@ use crate::{ApiError, ErrorKind};
 pub struct Folders {
     home: PathBuf,
     runtime: PathBuf,
-    store: PathBuf,
+    store: OsString,
 }
 
 impl Folders {
@@ -46,9 +48,11 @@ impl Folders {
             None => default_runtime(&home),
         };
         let store = match variable("DIORAMA_STORE") {
+            Some(place) if is_url(place.as_os_str()) => place.into_os_string(),
             Some(folder) => std::path::absolute(&folder)
-                .map_err(|error| ApiError::new(ErrorKind::Io, format!("{}: {error}", folder.display())))?,
-            None => home.join("store"),
+                .map_err(|error| ApiError::new(ErrorKind::Io, format!("{}: {error}", folder.display())))?
+                .into_os_string(),
+            None => home.join("store").into_os_string(),
         };
         Ok(Self { home, runtime, store })
     }
@@ -56,7 +60,7 @@ impl Folders {
     /// Two given folders.
     pub fn new(home: impl Into<PathBuf>, runtime: impl Into<PathBuf>) -> Self {
         let home = home.into();
-        Self { store: home.join("store"), home, runtime: runtime.into() }
+        Self { store: home.join("store").into_os_string(), home, runtime: runtime.into() }
     }
 
     /// Durable state.
@@ -94,9 +98,9 @@ impl Folders {
         self.home.join("environments")
     }
 
-    /// The snapshot store.
-    pub fn store(&self) -> PathBuf {
-        self.store.clone()
+    /// The snapshot store: an absolute path, or an URL.
+    pub fn store(&self) -> &OsStr {
+        &self.store
     }
 
     /// Where built-in images are looked for, in this order: the home, beside the program
@@ -134,6 +138,10 @@ impl Folders {
         }
         Ok(())
     }
+}
+
+fn is_url(place: &OsStr) -> bool {
+    place.to_str().is_some_and(|place| place.contains("://"))
 }
 
 fn default_runtime(home: &Path) -> PathBuf {

@@ -139,6 +139,7 @@ fn start(folders: &Folders, passphrase: Option<&[u8]>) -> Result<(), Start> {
         // The folders as this process sees them: the agent's current folder is another.
         .env("DIORAMA_HOME", folders.home())
         .env("DIORAMA_RUNTIME_DIR", folders.runtime())
+        .env("DIORAMA_STORE", folders.store())
         .env_remove("DIORAMA_ENVIRONMENT")
         .current_dir("/")
         .stdin(Stdio::null())

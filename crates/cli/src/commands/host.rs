@@ -19,7 +19,7 @@ use crate::session::Session;
 /// Join hosts to a cluster, whose environments span them
 ///
 /// Each host runs an agent of its own; what they agree on is kept in etcd, and snapshots in one store that all of them
-/// reach (DIORAMA_STORE names its folder). Any of them answers for all environments.
+/// reach (DIORAMA_STORE names it: a folder, or s3://BUCKET/PREFIX). Any of them answers for all environments.
 #[derive(Debug, Subcommand)]
 #[command(after_long_help = "\
 Examples:

@@ -4,6 +4,7 @@
 //! end the lab proves that nothing stays behind: no process, no socket, no part of a snapshot. The images are those of
 //! `make images`, found where the program itself looks.
 
+mod bucket;
 mod carry;
 mod disks;
 mod encryption;

@@ -1,0 +1,64 @@
+//! Snapshots in a bucket: what one computer has snapshotted, another restores that shares nothing else with it.
+
+#[path = "../../../store/tests/s3/server.rs"]
+mod server;
+
+use self::server::{BUCKET, Server};
+use crate::lab::Lab;
+use crate::traffic::PAIR;
+
+const VARIABLES: [&str; 4] = ["AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"];
+
+fn lab(server: &Server) -> Lab {
+    let mut lab = Lab::new();
+    lab.set("DIORAMA_STORE", &format!("s3://{BUCKET}/lab"));
+    for name in VARIABLES {
+        lab.set(name, &server.variable(name).unwrap());
+    }
+    lab
+}
+
+#[test]
+fn another_computer_restores_from_the_bucket_alone() {
+    let mut server = Server::start();
+    let one = lab(&server);
+    let report = one.ok(&["doctor"]);
+    let checks = report["checks"].as_array().unwrap();
+    let store = checks.iter().find(|check| check["name"] == "snapshot store").unwrap();
+    assert_eq!(store["status"], "ok", "{store}");
+    one.up(PAIR);
+    one.shell("pair", "client", "echo before > /tmp/mark; sync");
+    one.shell("pair", "client", "ping -c 2 -W 5 10.0.0.1");
+    let snapshot = one.snapshot("pair", &["kept"]);
+    one.verify("kept");
+    one.shell("pair", "client", "echo after > /tmp/mark");
+
+    // Another home: no cache, no record, nothing but the bucket.
+    let two = lab(&server);
+    assert_eq!(two.snapshots(), ["kept"]);
+    two.ok(&["restore", "pair/kept"]);
+    assert_eq!(two.shell("pair", "client", "cat /tmp/mark"), "before\n");
+    two.shell("pair", "client", "ping -c 2 -W 5 10.0.0.1");
+    let second = two.snapshot("pair", &["second"]);
+    assert_eq!(second["parent"], snapshot["id"]);
+    // Memory that one has captured and the other has restored is there once.
+    let new = |report: &serde_json::Value| report["bytes"]["new"].as_u64().unwrap();
+    assert!(new(&second) < new(&snapshot) / 2, "{second}");
+    assert_eq!(one.shell("pair", "client", "cat /tmp/mark"), "after\n");
+
+    // The server goes away: machines run on, and what needs it says so.
+    server.kill();
+    let refused = one.refused(&["-e", "pair", "snapshot", "create", "lost"]);
+    assert!(refused.message.contains("cannot be reached") && !refused.hint.is_empty(), "{refused:?}");
+    one.shell("pair", "client", "ping -c 2 -W 5 10.0.0.1");
+    two.kill_agent();
+    two.shell("pair", "client", "ping -c 2 -W 5 10.0.0.1");
+    let doctor = two.run(&["doctor", "--json"]);
+    assert!(doctor.stdout.contains("cannot be reached"), "{doctor:?}");
+    server.start_again();
+    one.ok(&["restore", "-e", "pair", "second"]);
+    assert_eq!(one.shell("pair", "client", "cat /tmp/mark"), "before\n");
+    one.ok(&["down", "--all", "--volumes"]);
+    one.ok(&["agent", "stop"]);
+    two.finish();
+}
