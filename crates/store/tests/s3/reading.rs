@@ -143,7 +143,7 @@ fn measure() {
     let own = sample.backend.reading();
     let alone = Reading { at_once: 1, run_bytes: 1, gap_bytes: 0, node_bytes: 0 };
     println!("256 MiB, nothing in it compressible; each request waits before it goes to the server");
-    for delay_ms in [0, 20, 80] {
+    for delay_ms in [0, 20] {
         for (what, reading) in [
             ("a request a group, as many at once as there are processors", alone),
             ("a request a group, 16 at once", Reading { at_once: 16, ..alone }),
