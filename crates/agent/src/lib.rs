@@ -30,6 +30,7 @@ mod disks;
 mod doctor;
 mod down;
 mod extract;
+mod failpoint;
 mod file_cache;
 mod guest;
 mod hardware;
@@ -73,7 +74,7 @@ use file_cache::FileCache;
 use hardware::Hardware;
 use ram_cache::RamCache;
 use slot::Slots;
-use span::Sessions;
+use span::{Clocks, Sessions};
 
 /// Everything that requests work on.
 #[derive(Debug)]
@@ -91,6 +92,7 @@ pub(crate) struct Agent {
     /// Other hosts, on a host that is in a cluster.
     cluster: OnceLock<Arc<Cluster>>,
     sessions: Sessions,
+    clocks: Clocks,
     /// For threads that outlive a request.
     me: Weak<Agent>,
 }
@@ -108,6 +110,7 @@ impl Agent {
             me: Weak::clone(me),
             cluster: OnceLock::new(),
             sessions: Sessions::default(),
+            clocks: Clocks::default(),
             host: host_name(),
             hardware: Hardware::default(),
             store,

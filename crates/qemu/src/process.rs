@@ -93,9 +93,10 @@ pub enum Policy {
     },
     /// Only when nothing else wants the processor.
     Idle,
-    /// Before everything that is not of this policy (round robin, lowest real-time priority). Needs privilege; for
-    /// moments only.
+    /// Before everything that is not of this policy (round robin, real-time). Needs privilege; for moments only.
     First,
+    /// Before everything but [`Policy::First`]; likewise.
+    Second,
 }
 
 /// Starts QEMU as leader of a session of its own, with standard input empty and its output appended to `log`.
@@ -276,7 +277,8 @@ pub fn set_thread_policy(thread: u32, policy: Policy) -> Result<(), ProcessError
         Policy::Normal { nice } => (libc::SCHED_OTHER, Some(nice), 0),
         Policy::Idle => (libc::SCHED_IDLE, None, 0),
         // Threads that it starts meanwhile are ordinary ones.
-        Policy::First => (libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, None, 1),
+        Policy::First => (libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, None, 2),
+        Policy::Second => (libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, None, 1),
     };
     let parameters = libc::sched_param { sched_priority };
     let set = |scheduler| {

@@ -32,7 +32,7 @@ use diorama_switch::{Epoch, Hold, InFlight, NetworkId, PeerId, PortId, Time};
 use serde_json::Value;
 
 use super::command::{Command, Monitor};
-use super::plane::Io;
+use super::plane::{Io, schedule_this_thread};
 use super::segment::Segment;
 use crate::capture::GateHandle;
 
@@ -422,6 +422,8 @@ impl LocalCut {
             if let Some(stop) = progress.machine.stop.take() {
                 progress.stop_id = Some(stop.id);
                 failure = failure.or(progress.finish_command(&stop, Stage::Stopping));
+                // A virtual CPU stops by itself, and must run for that. It does nothing else: QEMU's main loop goes before it.
+                progress.schedule_guest(Policy::Second);
             }
         }
         if let Some(failure) = failure {
@@ -550,6 +552,9 @@ impl LocalCut {
         let now = io.now();
         self.enter(Stage::Undoing, now);
         for progress in &mut self.machines {
+            if progress.stop_id.is_some() && progress.cut_at.is_none() {
+                progress.schedule_guest(Policy::Normal { nice: super::plane::VCPU_NICE });
+            }
             if progress.released_at.is_some() {
                 continue;
             }
@@ -610,6 +615,9 @@ impl LocalCut {
 
     fn enter(&mut self, stage: Stage, now: Time) {
         tracing::debug!(?stage, at_us = now.since_ns(self.held_at) / 1000, "cut");
+        if let Goal::Snapshot { .. } = self.goal {
+            crate::failpoint::reach(format_args!("cut {}", stage.word()));
+        }
         self.stage = stage;
         self.stage_since = now;
     }
@@ -657,6 +665,15 @@ impl LocalCut {
 }
 
 impl Stage {
+    fn word(self) -> &'static str {
+        match self {
+            Stage::Draining => "draining",
+            Stage::Stopping => "stopping",
+            Stage::Saving => "saving",
+            Stage::Undoing => "undoing",
+        }
+    }
+
     fn during(self) -> &'static str {
         match self {
             Stage::Draining => "draining",
@@ -899,6 +916,13 @@ impl Progress {
         }
     }
 
+    /// Changes its virtual CPUs' priority; only for a user who can take it back.
+    fn schedule_guest(&self, policy: Policy) {
+        if may_return_from_idle() {
+            schedule(&self.machine.vcpu_threads, policy);
+        }
+    }
+
     /// Whether whatever else must run goes before this guest.
     fn prefer_others(&self, yes: bool) {
         prefer_others(&self.machine.vcpu_threads, yes);
@@ -971,6 +995,10 @@ pub(crate) fn prefer_others(vcpu_threads: &[u32], yes: bool) {
         return;
     }
     let policy = if yes { Policy::Idle } else { Policy::Normal { nice: super::plane::VCPU_NICE } };
+    schedule(vcpu_threads, policy);
+}
+
+fn schedule(vcpu_threads: &[u32], policy: Policy) {
     for thread in vcpu_threads {
         if let Err(error) = set_thread_policy(*thread, policy) {
             tracing::debug!(thread, %error, "a virtual CPU's scheduling policy stays as it is");
@@ -990,13 +1018,6 @@ fn may_return_from_idle() -> bool {
         };
         std::thread::spawn(attempt).join().unwrap_or(false)
     })
-}
-
-fn schedule_this_thread(policy: Policy) {
-    let thread = nix::unistd::gettid().as_raw().cast_unsigned();
-    if let Err(error) = set_thread_policy(thread, policy) {
-        tracing::debug!(%error, "the data plane keeps its priority");
-    }
 }
 
 fn after(time: Time, wait: Duration) -> Time {

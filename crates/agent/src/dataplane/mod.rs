@@ -72,6 +72,11 @@ impl DataPlane {
         receiver
     }
 
+    /// Runs `task` on the data plane's thread, some time soon.
+    pub(crate) fn tell(&self, task: impl FnOnce(&mut Plane) + Send + 'static) {
+        self.post(Box::new(task));
+    }
+
     fn post(&self, task: Task) {
         self.tasks.send(task).expect("the data plane's thread runs as long as the agent");
         // Full (2^64 - 1 wakes pending) cannot happen, and would be no harm: it is awake then.

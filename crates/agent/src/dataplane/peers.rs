@@ -13,6 +13,9 @@ use diorama_tunnel::{Opened, ReceivingKey, SendingKey, Tunnel};
 use super::plane::Io;
 use super::segment::Segment;
 
+/// How often a call is sent: more than once, as packets are lost; the protocol's own message comes besides, later.
+const CALLS: usize = 2;
+
 /// How an environment spans hosts.
 pub(crate) struct Span {
     /// The networks' numbers on the wire, in the order of the specification.
@@ -56,6 +59,14 @@ pub(super) struct Peers {
 impl Peers {
     pub(super) fn new(span: Span) -> Self {
         Self { span, links: Vec::new(), told: Epoch(0) }
+    }
+
+    /// A cut of this epoch has begun somewhere.
+    fn tell(&mut self, epoch: Epoch) {
+        if epoch > self.told {
+            self.told = epoch;
+            (self.span.newer_colour)(epoch);
+        }
     }
 
     fn link(&mut self, peer: PeerId) -> Option<&mut PeerLink> {
@@ -147,8 +158,33 @@ impl Segment {
         let Some(tunnel) = &mut link.tunnel else { return };
         // The tunnel counts what it does not open, and the switch what it does not let in.
         if let Ok(Opened { colour, frame, .. }) = tunnel.open(packet, now) {
+            if frame.is_empty() {
+                return peers.tell(colour);
+            }
             switch.remote_ingress(link.id, network, colour, frame, now);
         }
+    }
+
+    /// Tells all other hosts that a cut of this epoch has begun. A *call* is a packet of the new colour without a frame:
+    /// it begins a host's part as a frame of that colour would, and is in no account.
+    pub(super) fn call_for_cut(&mut self, epoch: Epoch, io: &mut Io<'_>) {
+        let Some(wire) = io.wire.as_mut() else { return };
+        let Some(peers) = self.peers_mut() else { return };
+        let Some(vni) = peers.span.vnis.first().copied() else { return };
+        for _ in 0..CALLS {
+            for link in &mut peers.links {
+                let Some(tunnel) = &mut link.tunnel else { continue };
+                // A call that cannot be sent is not missed: the protocol's message comes.
+                if wire.out.has_room(tunnel.packet_bytes(0)) || wire.send() {
+                    let sealed =
+                        wire.out.push(link.address, |room| tunnel.seal(vni, epoch, [&[], &[]], room));
+                    if let Err(error) = sealed {
+                        tracing::debug!(%error, peer = ?link.id, "a call could not be sealed");
+                    }
+                }
+            }
+        }
+        wire.send();
     }
 
     /// Hands what waits for other hosts to the tunnels' socket, as far as there is room.
@@ -197,10 +233,7 @@ impl Segment {
             return;
         };
         while let Some(wanted) = switch.pop_cut_wanted() {
-            if wanted.epoch > peers.told {
-                peers.told = wanted.epoch;
-                (peers.span.newer_colour)(wanted.epoch);
-            }
+            peers.tell(wanted.epoch);
         }
     }
 }

@@ -131,6 +131,8 @@ pub(crate) struct Plane {
     /// The segments that have a cut or a replay under way, and so need the clock.
     timed: Vec<SegmentId>,
     next_segment: u32,
+    /// How many cuts this host stands ready for.
+    poised: u32,
 }
 
 impl Plane {
@@ -153,12 +155,13 @@ impl Plane {
             segments: BTreeMap::new(),
             timed: Vec::new(),
             next_segment: 1,
+            poised: 0,
         })
     }
 
     /// The thread's body.
     pub(super) fn run(&mut self, tasks: &Receiver<Task>) {
-        prefer_this_thread();
+        schedule_this_thread(POLICY);
         let mut events = [EpollEvent::empty(); EVENTS];
         loop {
             let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
@@ -267,6 +270,17 @@ impl Plane {
     /// Puts every port of an environment at an epoch, if that is newer, and lets frames go that waited for it.
     pub(crate) fn raise_epoch(&mut self, id: SegmentId, to: Epoch) {
         self.with_io(id, |segment, io| segment.raise_epoch(to, io));
+    }
+
+    /// This host stands ready for a cut, or no more: what begins it may come any moment, and must not wait for guests.
+    pub(crate) fn set_poised(&mut self, yes: bool) {
+        self.poised = if yes { self.poised + 1 } else { self.poised.saturating_sub(1) };
+        schedule_this_thread(if self.poised > 0 { Policy::First } else { POLICY });
+    }
+
+    /// Tells every other host of an environment, by the way that frames go, that a cut has begun.
+    pub(crate) fn call_for_cut(&mut self, id: SegmentId, epoch: Epoch) {
+        self.with_io(id, |segment, io| segment.call_for_cut(epoch, io));
     }
 
     /// Begins a local cut; `done` gets its outcome.
@@ -422,10 +436,11 @@ impl Plane {
     }
 }
 
-fn prefer_this_thread() {
+/// Changes the data plane's priority.
+pub(super) fn schedule_this_thread(policy: Policy) {
     let thread = nix::unistd::gettid().as_raw().cast_unsigned();
-    if let Err(error) = set_thread_policy(thread, POLICY) {
-        tracing::debug!(%error, "the data plane runs at normal priority");
+    if let Err(error) = set_thread_policy(thread, policy) {
+        tracing::debug!(%error, "the data plane keeps its priority");
     }
 }
 

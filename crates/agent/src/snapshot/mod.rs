@@ -463,7 +463,7 @@ impl Attempt<'_> {
 }
 
 /// Microseconds since 1970, UTC, as this host's clock has them.
-fn wall_clock_us() -> u64 {
+pub(crate) fn wall_clock_us() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }

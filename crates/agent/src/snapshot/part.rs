@@ -20,6 +20,7 @@ use diorama_cut::{
     Channel, CutId, Epoch, MachineReport, Message, NetworkId, Participant, ParticipantId, SnapshotId,
     initiator,
 };
+use diorama_qemu::process::Policy;
 use diorama_store::{Bytes, FileRecord, LearnedRecord, MachineRecord};
 use diorama_switch::PeerId;
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,7 @@ use crate::operation::Operation;
 use crate::problem::store_error;
 use crate::record::{Doubt, Record};
 use crate::slot::{OperationGuard, Slot};
+use crate::span::{CUT_NICE, Poised};
 
 /// How often frames from other hosts are counted while they are waited for.
 const COUNT_INTERVAL: Duration = Duration::from_millis(1);
@@ -60,14 +62,24 @@ pub(crate) struct HostPart {
 }
 
 /// Where messages for the initiator go, while there is one on this host.
-type Initiators = Arc<Mutex<Option<Sender<initiator::Input>>>>;
+type Initiators = Arc<Mutex<Option<(SnapshotId, Sender<initiator::Input>)>>>;
+
+/// The attempt that the thread is busy with.
+#[derive(Debug)]
+struct Current {
+    attempt: SnapshotId,
+    initiator: ParticipantId,
+    /// When its initiator's host was asked last whether it is still at it.
+    asked: Instant,
+    operation: Operation,
+}
 
 /// The handle on an environment's thread. It ends when the last handle goes.
 #[derive(Debug, Clone)]
 pub(crate) struct PartWorker {
     inbox: Sender<Input>,
     initiator: Initiators,
-    current: Arc<Mutex<Option<(SnapshotId, Operation)>>>,
+    current: Arc<Mutex<Option<Current>>>,
 }
 
 impl PartWorker {
@@ -111,25 +123,43 @@ impl PartWorker {
     /// A message for the participant came from an authenticated host.
     pub(crate) fn deliver(&self, from: ParticipantId, message: Message) {
         if matches!(message.body, Body::Abort { .. })
-            && let Some((attempt, operation)) = &*self.current.lock().unwrap_or_else(PoisonError::into_inner)
-            && *attempt == message.cut.snapshot
+            && let Some(current) = &*self.current.lock().unwrap_or_else(PoisonError::into_inner)
+            && current.attempt == message.cut.snapshot
         {
             // The thread may be busy preparing or storing.
-            operation.withdraw();
+            current.operation.withdraw();
         }
         self.feed(Input::Message { from, message });
     }
 
-    /// Messages for the initiator go there, for as long as what is returned lives.
-    pub(crate) fn receive_as_initiator(&self, inbox: Sender<initiator::Input>) -> Receiving {
-        *self.initiator.lock().unwrap_or_else(PoisonError::into_inner) = Some(inbox);
+    /// Messages for the initiator of an attempt go there, for as long as what is returned lives.
+    pub(crate) fn receive_as_initiator(
+        &self,
+        attempt: SnapshotId,
+        inbox: Sender<initiator::Input>,
+    ) -> Receiving {
+        *self.initiator.lock().unwrap_or_else(PoisonError::into_inner) = Some((attempt, inbox));
         Receiving(Arc::clone(&self.initiator))
+    }
+
+    /// Whether this host's initiator is at work on an attempt.
+    pub(crate) fn initiates(&self, attempt: SnapshotId) -> bool {
+        let initiator = self.initiator.lock().unwrap_or_else(PoisonError::into_inner);
+        initiator.as_ref().is_some_and(|(known, _)| *known == attempt)
+    }
+
+    /// The attempt that this host takes part in, and whose it is; at most once in an interval, and not in the first.
+    pub(crate) fn attempt_to_ask_about(&self, interval: Duration) -> Option<(SnapshotId, ParticipantId)> {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = current.as_mut().filter(|current| current.asked.elapsed() >= interval)?;
+        current.asked = Instant::now();
+        Some((current.attempt, current.initiator))
     }
 
     /// Hands over what is for the initiator. Gives it back when there is none.
     pub(crate) fn initiator_takes(&self, input: initiator::Input) -> Option<initiator::Input> {
         match &*self.initiator.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(inbox) => inbox.send(input).err().map(|unsent| unsent.0),
+            Some((_, inbox)) => inbox.send(input).err().map(|unsent| unsent.0),
             None => Some(input),
         }
     }
@@ -156,7 +186,7 @@ struct Part<'a> {
     participant: Participant,
     inputs: Receiver<Input>,
     queue: VecDeque<Output>,
-    current: Arc<Mutex<Option<(SnapshotId, Operation)>>>,
+    current: Arc<Mutex<Option<Current>>>,
     post: Post,
     origin: Instant,
     /// Who asked for a cut last.
@@ -172,7 +202,12 @@ impl Part<'_> {
         match output {
             Some(Output::StartPrepare { snapshot, capture, in_flight }) => {
                 let operation = Operation::unattended();
-                self.set_current(Some((snapshot, operation.clone())));
+                self.set_current(Some(Current {
+                    attempt: snapshot,
+                    initiator: self.initiator,
+                    asked: Instant::now(),
+                    operation: operation.clone(),
+                }));
                 self.attempt(snapshot, (capture_mode(capture), in_flight_policy(in_flight)), &operation);
                 self.set_current(None);
             }
@@ -206,12 +241,16 @@ impl Part<'_> {
                 (None, None)
             }
         };
+        let mut poised = None;
         if let Some(attempt) = &mut attempt {
             let prepared = attempt
                 .compact_disks()
                 .and_then(|()| attempt.prepare())
                 .and_then(|()| attempt.reserve_epoch(self.proposed))
                 .and_then(|()| self.check_sessions());
+            if prepared.is_ok() {
+                poised = Some(Poised::begin(&self.agent.plane, Policy::Normal { nice: CUT_NICE }));
+            }
             self.feed(match prepared {
                 Ok(()) => Input::Prepared { snapshot },
                 Err(error) => Input::PrepareFailed { snapshot, detail: detail(&error) },
@@ -233,13 +272,17 @@ impl Part<'_> {
                         self.count(attempt, cut, &mut told);
                     }
                 }
-                (Some(Output::StartCut { cut }), Some(attempt)) => match attempt.cut(cut.epoch) {
-                    Ok(taken) => {
-                        counting = Some(cut);
-                        self.feed(Input::CutDone { cut, taken });
+                (Some(Output::StartCut { cut }), Some(attempt)) => {
+                    let taken = attempt.cut(cut.epoch);
+                    poised = None;
+                    match taken {
+                        Ok(taken) => {
+                            counting = Some(cut);
+                            self.feed(Input::CutDone { cut, taken });
+                        }
+                        Err(error) => self.feed(Input::CutFailed { cut, detail: detail(&error) }),
                     }
-                    Err(error) => self.feed(Input::CutFailed { cut, detail: detail(&error) }),
-                },
+                }
                 (Some(Output::StopRecording { cut, missing }), Some(attempt)) => {
                     counting = None;
                     let sent = self.sent_to_us(&told, &missing);
@@ -262,6 +305,7 @@ impl Part<'_> {
                     return;
                 }
                 (Some(Output::Discard { cut, epoch, .. }), attempt) => {
+                    drop(poised.take());
                     if let Some(attempt) = attempt {
                         attempt.discard();
                     }
@@ -383,7 +427,7 @@ impl Part<'_> {
         }
     }
 
-    fn set_current(&self, current: Option<(SnapshotId, Operation)>) {
+    fn set_current(&self, current: Option<Current>) {
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = current;
     }
 
@@ -394,7 +438,12 @@ impl Part<'_> {
             self.initiator = *from;
             self.proposed = message.cut.epoch;
         }
+        let before = self.participant.state_name();
         self.queue.extend(self.participant.handle(input, self.origin.elapsed()));
+        let now = self.participant.state_name();
+        if now != before {
+            crate::failpoint::reach(format_args!("participant {now}"));
+        }
     }
 
     /// The next thing to do; messages are sent and colours adopted on the way. `Some(None)` when there is nothing for as

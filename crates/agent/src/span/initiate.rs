@@ -9,8 +9,11 @@ use std::time::{Duration, Instant};
 
 use diorama_api::{ApiError, CreateSnapshotRequest, ErrorKind, SnapshotReport};
 use diorama_cut::initiator::{Input, Output};
+use diorama_cut::message::Body;
 use diorama_cut::{Config, Epoch, Initiator, Outcome, ParticipantId, Snapshot, SnapshotId};
+use diorama_qemu::process::Policy;
 
+use super::Urgent;
 use crate::Agent;
 use crate::cluster::directory_error;
 use crate::operation::Operation;
@@ -35,7 +38,8 @@ impl Agent {
         let slot = self.slots.get(environment)?;
         let record = slot.record_if_up()?;
         let span = record.span.clone().ok_or_else(|| no_part(environment))?;
-        let part = slot.state().running.as_ref().and_then(|running| running.part.clone());
+        let running = slot.state().running.as_ref().map(|running| (running.segment, running.part.clone()));
+        let (segment, part) = running.ok_or_else(|| no_part(environment))?;
         let part = part.ok_or_else(|| no_part(environment))?;
         let name = self.choose_name(environment, request.name.clone())?;
         let (capture, _) = self.choose_capture(request.capture, operation)?;
@@ -46,20 +50,35 @@ impl Agent {
             ..Config::default()
         };
         let (inbox, inputs) = channel();
-        let _receiving = part.receive_as_initiator(inbox);
+        let attempt = SnapshotId(crate::launch::random_bytes());
+        let _receiving = part.receive_as_initiator(attempt, inbox);
         let post = self.post_for(&slot.name, &span);
         let participants: Vec<ParticipantId> = (0..).map(ParticipantId).take(span.hosts.len()).collect();
         let mut initiator = Initiator::new(Epoch(record.epoch));
         let mut outputs = initiator
-            .start(SnapshotId(crate::launch::random_bytes()), participants, config, started.elapsed())
+            .start(attempt, participants, config, started.elapsed())
             .map_err(|error| ApiError::new(ErrorKind::Internal, error.to_string()))?;
         let mut cancelled = false;
         let mut committed = None;
         let mut failure = None;
         let mut step = "";
+        // Between the first host that is told to cut and the last there must not be a guest's time slice.
+        let mut urgent = Some(Urgent::begin(Policy::Normal { nice: 0 }));
+        let mut reached = "";
         let outcome = loop {
             let mut ended = None;
             let mut next = Vec::new();
+            if initiator.state_name() != reached {
+                reached = initiator.state_name();
+                crate::failpoint::reach(format_args!("initiator {reached}"));
+                if !matches!(reached, "preparing" | "taking") {
+                    urgent = None;
+                }
+            }
+            if let Some(epoch) = asks_to_take(&outputs) {
+                self.plane.tell(move |plane| plane.call_for_cut(segment, epoch));
+                crate::failpoint::reach(format_args!("initiator called"));
+            }
             for output in outputs {
                 match output {
                     Output::Send { to, message } => post(to, message),
@@ -109,7 +128,10 @@ impl Agent {
             let due = initiator.poll_timeout().map(|due| due.saturating_sub(started.elapsed()));
             let wait = due.map_or(LOOK_INTERVAL, |due| due.min(LOOK_INTERVAL));
             outputs = match inputs.recv_timeout(wait) {
-                Ok(input) => initiator.handle(input, started.elapsed()),
+                Ok(mut input) => {
+                    self.in_our_time(&mut input, &span);
+                    initiator.handle(input, started.elapsed())
+                }
                 Err(RecvTimeoutError::Timeout) => {
                     let mut outputs = Vec::new();
                     for (number, host) in (0..).map(ParticipantId).zip(&span.hosts) {
@@ -118,6 +140,14 @@ impl Agent {
                                 initiator.handle(Input::PeerLost { peer: number }, started.elapsed()),
                             );
                         }
+                    }
+                    // Another host may act on the environment from now on, and this one could write no manifest.
+                    if let Err(lost) = lock.check()
+                        && !cancelled
+                    {
+                        cancelled = true;
+                        failure.get_or_insert(ApiError::new(ErrorKind::CutFailed, lost.to_string()));
+                        outputs.extend(initiator.handle(Input::Cancel, started.elapsed()));
                     }
                     if operation.is_cancelled() && !cancelled {
                         cancelled = true;
@@ -131,6 +161,7 @@ impl Agent {
                 }
             };
         };
+        drop(urgent);
         if let Err(error) = cluster.wait(lock.release()) {
             tracing::warn!(%error, "a lock is given back later");
         }
@@ -150,6 +181,19 @@ impl Agent {
                 .hint("the machines run on; nothing of it remains"))
             }
             _ => Err(ApiError::new(ErrorKind::Internal, "the snapshot protocol ended without an outcome")),
+        }
+    }
+
+    /// Puts the instants of other hosts' cuts on this host's clock.
+    fn in_our_time(&self, input: &mut Input, span: &SpanRecord) {
+        let Input::Message { from, message } = input else { return };
+        let (Body::Taken(taken), Some(host)) = (&mut message.body, span.hosts.get(from.0 as usize)) else {
+            return;
+        };
+        if from.0 != span.me {
+            for machine in &mut taken.machines {
+                machine.cut_at_us = self.clocks.ours(&host.name, machine.cut_at_us);
+            }
         }
     }
 
@@ -199,6 +243,16 @@ impl Agent {
             }
         }
     }
+}
+
+/// The epoch that hosts are asked to cut at, if they are.
+fn asks_to_take(outputs: &[Output]) -> Option<diorama_switch::Epoch> {
+    outputs.iter().find_map(|output| match output {
+        Output::Send { message, .. } if matches!(message.body, Body::Take) => {
+            Some(diorama_switch::Epoch(message.cut.epoch.0))
+        }
+        _ => None,
+    })
 }
 
 fn no_part(environment: &str) -> ApiError {

@@ -10,19 +10,25 @@
 //! | `forward` | requests that another host answers |
 //! | `initiate` | the whole's snapshots: the initiator of the protocol |
 //! | `sessions` | the tunnels' keys |
+//! | `clocks` | how other hosts' clocks stand to this one's |
+//! | `urgent` | threads that a cut waits for |
 //!
 //! All of it is for hosts in a cluster ([`crate::cluster`]). There every environment has a record in the cluster's directory,
 //! and goes this way even if one host has all of it.
 
+mod clocks;
 mod coordinate;
 mod forward;
 mod initiate;
 mod parts;
 mod sessions;
+mod urgent;
 
+pub(crate) use clocks::Clocks;
 pub(crate) use forward::forward;
-pub(crate) use parts::{Joining, Messages, PartRequest, prefer_this_thread};
+pub(crate) use parts::{CUT_NICE, Joining, Messages, PartRequest, prefer_this_thread};
 pub(crate) use sessions::Sessions;
+pub(crate) use urgent::{Poised, Urgent};
 
 use diorama_topology::Environment;
 

@@ -25,7 +25,7 @@ use crate::operation::Operation;
 use crate::problem::store_error;
 use crate::record::{Doubt, Phase, SpanRecord};
 use crate::slot::Slot;
-use crate::snapshot::{PartWorker, Post};
+use crate::snapshot::{PartWorker, Post, wall_clock_us};
 
 /// What may wait for the tunnel to one host, in bytes.
 const PEER_QUEUE_BYTES: usize = 4 << 20;
@@ -37,7 +37,7 @@ const ASK_LIMIT: Duration = Duration::from_secs(3);
 /// How long a message of a cut may take; it is sent again by the protocol.
 const CUT_MESSAGE_LIMIT: Duration = Duration::from_secs(2);
 /// The niceness of threads that handle messages of cuts.
-const CUT_NICE: i32 = -10;
+pub(crate) const CUT_NICE: i32 = -10;
 /// What a part says when it stands ready.
 pub(super) const READY_STEP: &str = "ready";
 
@@ -72,6 +72,26 @@ struct CutEnvelope {
     span: u64,
     from: u32,
     message: Message,
+}
+
+/// Answers a message of the snapshot protocol.
+#[derive(Debug, Serialize, Deserialize)]
+struct CutAnswer {
+    /// The receiver's clock, in microseconds since 1970, UTC.
+    now_us: u64,
+}
+
+/// Whether the receiver still works on a snapshot as its initiator.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct UnderwayRequest {
+    pub(super) environment: EnvironmentName,
+    pub(super) attempt: SnapshotId,
+}
+
+/// Answers [`UnderwayRequest`].
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct UnderwayReply {
+    pub(super) underway: bool,
 }
 
 /// What a launch needs to know of the other hosts.
@@ -215,8 +235,17 @@ impl Agent {
             peers.push((ParticipantId(number), peer));
             spanned.push(SpannedPeer::new(ParticipantId(number), host.name.clone(), peer));
         }
-        self.sessions
-            .add(span.id, Spanned { segment, me, peers: spanned, part: worker.clone(), goes: false });
+        self.sessions.add(
+            span.id,
+            Spanned {
+                environment: slot.name.clone(),
+                segment,
+                me,
+                peers: spanned,
+                part: worker.clone(),
+                goes: false,
+            },
+        );
         Ok((peers, worker))
     }
 
@@ -241,9 +270,16 @@ impl Agent {
             cluster.spawn({
                 let (peers, host) = (cluster.peers.clone(), host.clone());
                 async move {
-                    if let Err(error) = peers.call(id, "cut", body, CUT_MESSAGE_LIMIT).await {
+                    let (sent_us, sent) = (wall_clock_us(), Instant::now());
+                    match peers.call(id, "cut", body, CUT_MESSAGE_LIMIT).await {
+                        Ok(answer) => {
+                            let took_us = u64::try_from(sent.elapsed().as_micros()).unwrap_or(u64::MAX);
+                            if let Ok(answer) = serde_json::from_slice::<CutAnswer>(&answer) {
+                                agent.clocks.note(&host, sent_us, took_us, answer.now_us);
+                            }
+                        }
                         // The protocol sends it again.
-                        tracing::debug!(host, %error, "a message of a cut did not arrive");
+                        Err(error) => tracing::debug!(host, %error, "a message of a cut did not arrive"),
                     }
                 }
             });
@@ -296,13 +332,14 @@ impl Agent {
                 let envelope: CutEnvelope = parse(body)?;
                 self.check_sender(&envelope, name)?;
                 self.deliver(&envelope.environment, envelope.span, envelope.from, envelope.message);
-                encode(&Empty {})
+                encode(&CutAnswer { now_us: wall_clock_us() })
             }
             "go" => {
                 let request: GoRequest = parse(body)?;
                 self.sessions.go(request.span);
                 encode(&Empty {})
             }
+            "cut-underway" => encode(&self.underway(&parse(body)?)),
             "session" => encode(&self.accept_session(name, &parse::<SessionRequest>(body)?)?),
             "session-wanted" => encode(&self.drop_session(name, &parse::<SessionWanted>(body)?)?),
             "session-key" => encode(&self.accept_key(name, &parse::<KeyRequest>(body)?)?),
@@ -310,6 +347,12 @@ impl Agent {
                 Err(ApiError::new(ErrorKind::Invalid, format!("this version knows no message `{other}`")))
             }
         }
+    }
+
+    pub(super) fn underway(&self, request: &UnderwayRequest) -> UnderwayReply {
+        let slot = self.slots.get(request.environment.as_str());
+        let part = slot.ok().and_then(|slot| slot.state().running.as_ref()?.part.clone());
+        UnderwayReply { underway: part.is_some_and(|part| part.initiates(request.attempt)) }
     }
 
     /// Only a host of the environment speaks of its cuts, and only for itself.

@@ -12,13 +12,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use diorama_api::{ApiError, Empty, ErrorKind};
-use diorama_cut::ParticipantId;
 use diorama_cut::participant::Input;
+use diorama_cut::{ParticipantId, SnapshotId};
 use diorama_switch::PeerId;
 use diorama_switch::geneve::KeyId;
+use diorama_topology::EnvironmentName;
 use diorama_tunnel::{Cipher, Protection, ReceivingKey, SendingKey, Tunnel};
 use serde::{Deserialize, Serialize};
 
+use super::parts::{UnderwayReply, UnderwayRequest};
 use crate::Agent;
 use crate::dataplane::{PeerStatus, SegmentId};
 use crate::operation::Operation;
@@ -28,6 +30,9 @@ use crate::snapshot::PartWorker;
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 /// How long a key is used at most.
 const KEY_LIFE: Duration = Duration::from_secs(3600);
+
+/// How long a part waits in an attempt before it asks whether its initiator is still at it, and how often it asks.
+const UNDERWAY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long a part looks up from waiting, to see whether anybody still wants it.
 const GO_WAIT: Duration = Duration::from_millis(20);
@@ -43,6 +48,7 @@ pub(crate) struct Sessions {
 /// One such environment.
 #[derive(Debug, Clone)]
 pub(crate) struct Spanned {
+    pub(crate) environment: EnvironmentName,
     pub(crate) segment: SegmentId,
     pub(crate) me: ParticipantId,
     pub(crate) peers: Vec<SpannedPeer>,
@@ -199,6 +205,10 @@ impl Agent {
             }
             let status = self.peer_status(spanned.segment);
             std::thread::scope(|scope| {
+                if let Some((attempt, initiator)) = spanned.part.attempt_to_ask_about(UNDERWAY_INTERVAL) {
+                    let spanned = &spanned;
+                    scope.spawn(move || self.ask_whether_underway(spanned, attempt, initiator));
+                }
                 for peer in &spanned.peers {
                     let Some(status) = status.iter().find(|status| status.peer == peer.peer) else {
                         continue;
@@ -221,6 +231,25 @@ impl Agent {
                     });
                 }
             });
+        }
+    }
+
+    /// An initiator whose agent has died, or that gave up while this host could not be reached, tells nobody any more: what
+    /// its host says counts. A cut that is reported already is asked about by the protocol itself.
+    fn ask_whether_underway(&self, spanned: &Spanned, attempt: SnapshotId, initiator: ParticipantId) {
+        let request = UnderwayRequest { environment: spanned.environment.clone(), attempt };
+        let peer = spanned.peers.iter().find(|peer| peer.number == initiator);
+        let reply: Result<UnderwayReply, ApiError> = match peer {
+            Some(peer) => self.ask_host(&peer.host, "cut-underway", &request),
+            None => Ok(self.underway(&request)),
+        };
+        match reply {
+            Ok(UnderwayReply { underway: true }) => {}
+            Ok(UnderwayReply { underway: false }) => {
+                spanned.part.feed(Input::PeerLost { peer: initiator });
+            }
+            // Whether it is lost for good, its lease tells.
+            Err(error) => tracing::debug!(%initiator, %error, "an initiator's host does not answer"),
         }
     }
 

@@ -20,7 +20,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::backend::{Backend, BackendError, Change, Entry, Guard, Revision};
 use super::local::StoredEntries;
-use super::record::{HostStatus, MAX_RECORD_BYTES};
+use super::record::{HostStatus, LockRecord, MAX_RECORD_BYTES};
 use super::view::{Freshness, View};
 use super::{Options, json};
 use crate::identity::{HostId, Members};
@@ -30,6 +30,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(2);
 /// How often the view is written down, at most.
 const REMEMBER_INTERVAL: Duration = Duration::from_secs(1);
+/// What locks' keys begin with.
+const LOCKS: &str = "locks/";
 
 /// This host's lease.
 #[derive(Debug, Clone, Default)]
@@ -126,6 +128,7 @@ impl Session {
         keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.announced.mark_unchanged();
         self.announce().await?;
+        self.kept.extend(self.stale_locks(&entries));
         for lock in std::mem::take(&mut self.kept) {
             self.give_back(lock).await?;
         }
@@ -175,6 +178,22 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Locks of this host under an earlier lease, as of a process before this one: nobody can act under them any more, and
+    /// others need not wait until that lease ends.
+    fn stale_locks(&self, entries: &BTreeMap<String, Entry>) -> Vec<(String, String)> {
+        let lease = self.lease.borrow().lease;
+        let is_stale = |entry: &Entry| {
+            entry.key.starts_with(LOCKS)
+                && entry.lease != lease
+                && serde_json::from_str::<LockRecord>(&entry.value).is_ok_and(|lock| lock.holder == self.host)
+        };
+        entries
+            .values()
+            .filter(|entry| is_stale(entry))
+            .map(|entry| (entry.key.clone(), entry.value.clone()))
+            .collect()
     }
 
     fn publish(&self, view: View) {

@@ -159,3 +159,22 @@ async fn a_lock_outlives_a_short_absence_of_etcd() {
     assert_eq!(lock.check(), Ok(lock.token()));
     one.put_environment(&environment("pair", 1), None, &lock).await.unwrap();
 }
+
+#[tokio::test]
+async fn a_lock_of_a_process_that_died_is_free_when_its_host_is_back() {
+    let etcd = Etcd::start();
+    let two = open(&etcd, 2);
+    two.fresh(LIMIT).await.unwrap();
+    // Longer than this test waits for anything.
+    let long = || diorama_cluster::directory::Options { lease: 3 * LIMIT, remembered: None };
+    let one = Directory::etcd(&etcd.config(), CLUSTER, host(1), long()).unwrap();
+    let lock = take(&one, "pair").await;
+    let token = lock.token();
+    // As by a SIGKILL: nothing is given back, and the lease goes on.
+    std::mem::forget(lock);
+    let other = take(&two, "other").await;
+    assert!(matches!(two.lock(&name("pair"), "snapshot").await, Err(DirectoryError::Held { .. })));
+    let _again = Directory::etcd(&etcd.config(), CLUSTER, host(1), long()).unwrap();
+    assert!(take(&two, "pair").await.token() > token);
+    assert_eq!(other.check(), Ok(other.token()), "another host's lock is left alone");
+}

@@ -1,0 +1,54 @@
+//! Threads that a cut waits for. What one of them is late, hosts are cut apart, and with the processors busy an ordinary
+//! thread is late by whole time slices, whatever its niceness: that counts among the threads of one session alone where the
+//! kernel groups them by session (autogroup), and each machine is a session of its own.
+
+use diorama_qemu::process::{Policy, set_thread_policy};
+
+use crate::dataplane::DataPlane;
+
+/// The calling thread goes before all ordinary ones, for as long as this lives. Only root may; for others nothing changes.
+#[derive(Debug)]
+pub(crate) struct Urgent {
+    after: Policy,
+}
+
+impl Urgent {
+    /// From now on; `after` is the policy that the thread comes back to.
+    pub(crate) fn begin(after: Policy) -> Self {
+        schedule(Policy::First);
+        Self { after }
+    }
+}
+
+impl Drop for Urgent {
+    fn drop(&mut self) {
+        schedule(self.after);
+    }
+}
+
+/// This host stands ready for a cut: the thread that does its part and the data plane are [`Urgent`].
+#[derive(Debug)]
+pub(crate) struct Poised<'a> {
+    plane: &'a DataPlane,
+    _thread: Urgent,
+}
+
+impl<'a> Poised<'a> {
+    pub(crate) fn begin(plane: &'a DataPlane, after: Policy) -> Self {
+        plane.tell(|plane| plane.set_poised(true));
+        Self { plane, _thread: Urgent::begin(after) }
+    }
+}
+
+impl Drop for Poised<'_> {
+    fn drop(&mut self) {
+        self.plane.tell(|plane| plane.set_poised(false));
+    }
+}
+
+fn schedule(policy: Policy) {
+    let thread = nix::unistd::gettid().as_raw().cast_unsigned();
+    if let Err(error) = set_thread_policy(thread, policy) {
+        tracing::debug!(%error, "a thread that a cut waits for keeps its priority");
+    }
+}
