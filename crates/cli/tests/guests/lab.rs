@@ -28,6 +28,8 @@ pub struct Lab {
     runtime: TempDir,
     variables: Vec<(String, String)>,
     mounts: Vec<PathBuf>,
+    /// The network namespace that everything runs in; the test's own when there is none.
+    namespace: Option<String>,
     finished: bool,
 }
 
@@ -55,8 +57,21 @@ impl Lab {
             runtime: TempDir::with_prefix_in("d-", "/dev/shm").unwrap(),
             variables: Vec::new(),
             mounts: Vec::new(),
+            namespace: None,
             finished: false,
         }
+    }
+
+    /// The same, in a network namespace.
+    pub fn in_namespace(name: &str) -> Self {
+        let mut lab = Self::new();
+        lab.namespace = Some(name.to_owned());
+        lab
+    }
+
+    /// The folders that go with the lab.
+    pub fn folders(&self) -> [&Path; 2] {
+        [self.folder.path(), self.runtime.path()]
     }
 
     /// A variable of every command from now on, and of the agent that they start.
@@ -94,7 +109,14 @@ impl Lab {
 
     /// The program with this lab's folders.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_diorama"));
+        let mut command = match &self.namespace {
+            None => Command::new(env!("CARGO_BIN_EXE_diorama")),
+            Some(name) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net=/run/netns/{name}")).arg(env!("CARGO_BIN_EXE_diorama"));
+                command
+            }
+        };
         command
             .args(arguments)
             .current_dir(self.folder.path())
@@ -260,19 +282,21 @@ impl Lab {
         assert_eq!(entries(&self.home().join("spill")), [""; 0]);
     }
 
+    /// The processes of agents: one, or none.
+    pub fn agent_pids(&self) -> Vec<Pid> {
+        let is_agent = |pid: &Pid| {
+            let arguments = arguments(*pid);
+            // Not the process that keeps its captures.
+            arguments.get(1).is_some_and(|one| one == "agent")
+                && arguments.get(2).is_none_or(|one| one != "keep-captures")
+        };
+        self.processes().into_iter().filter(is_agent).collect()
+    }
+
     /// The agent's process.
     #[track_caller]
     pub fn agent_pid(&self) -> Pid {
-        let agents: Vec<Pid> = self
-            .processes()
-            .into_iter()
-            .filter(|pid| {
-                let arguments = arguments(*pid);
-                // Not the process that keeps its captures.
-                arguments.get(1).is_some_and(|one| one == "agent")
-                    && arguments.get(2).is_none_or(|one| one != "keep-captures")
-            })
-            .collect();
+        let agents = self.agent_pids();
         assert_eq!(agents.len(), 1, "{agents:?}");
         agents[0]
     }
@@ -381,6 +405,12 @@ pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 #[track_caller]
 pub fn kill_and_wait(pid: Pid) {
     kill(pid, Signal::SIGKILL).unwrap();
+    wait_for_end(pid);
+}
+
+/// Waits until a process that was killed, or kills itself, is gone.
+#[track_caller]
+pub fn wait_for_end(pid: Pid) {
     until("the end of a killed process", || {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         let state = stat.rsplit_once(") ").map(|(_, rest)| rest.chars().next());

@@ -6,6 +6,8 @@
 
 mod bucket;
 mod carry;
+mod cluster;
+mod cluster_faults;
 mod disks;
 mod encryption;
 mod extract;
@@ -19,3 +21,4 @@ mod snapshots;
 mod storage;
 mod takeover;
 mod traffic;
+mod underlay;
