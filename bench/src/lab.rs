@@ -63,6 +63,8 @@ pub(crate) struct Lab {
     binary: PathBuf,
     home: TempDir,
     runtime: TempDir,
+    /// The network namespace that it is in, and the store that it shares with other hosts.
+    host: Option<(String, PathBuf)>,
 }
 
 impl Lab {
@@ -79,7 +81,15 @@ impl Lab {
             home: folder(std::env::temp_dir())?,
             // On tmpfs, as the default is: or restored machines cannot be snapshotted live.
             runtime: folder(PathBuf::from("/dev/shm"))?,
+            host: None,
         })
+    }
+
+    /// The same as a host of several: in a network namespace, with a store that all share.
+    pub(crate) fn on_host(namespace: &str, store: &Path) -> Result<Self, Failure> {
+        let mut lab = Self::new()?;
+        lab.host = Some((namespace.to_owned(), store.to_owned()));
+        Ok(lab)
     }
 
     /// The folder with all durable state.
@@ -133,7 +143,17 @@ impl Lab {
     }
 
     fn spawn(&self, arguments: &[&str], json: bool) -> Result<Output, Failure> {
-        let mut command = Command::new(&self.binary);
+        let mut command = match &self.host {
+            None => Command::new(&self.binary),
+            Some((namespace, store)) => {
+                let mut command = Command::new("nsenter");
+                command
+                    .arg(format!("--net=/run/netns/{namespace}"))
+                    .arg(&self.binary)
+                    .env("DIORAMA_STORE", store);
+                command
+            }
+        };
         if json {
             command.arg("--json");
         }

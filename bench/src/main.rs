@@ -5,11 +5,12 @@
 //! | [`lab`] | private folders, the real `diorama` binary, and what is left behind: nothing |
 //! | [`load`] | four machines, and the traffic in them |
 //! | [`figures`] | medians, maxima, tables |
-//! | [`snapshot`], [`consistency`], [`restore`], [`store`], [`collection`], [`idle`], [`switch`], [`protect`] | one benchmark each |
+//! | [`snapshot`], [`consistency`], [`restore`], [`store`], [`collection`], [`idle`], [`switch`], [`protect`], [`cluster`], [`tunnel`] | one benchmark each |
 //!
 //! Standard output carries tables, or with `--json` one JSON document; what is being done goes to standard error.
 //! Exit status: 0 measured (figures are not judged), 1 failed, or the consistency that snapshots promise is broken.
 
+mod cluster;
 mod collection;
 mod consistency;
 mod failure;
@@ -22,6 +23,7 @@ mod restore;
 mod snapshot;
 mod store;
 mod switch;
+mod tunnel;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -71,9 +73,13 @@ enum Benchmark {
     Idle(idle::Arguments),
     /// Frames a second through two ports, against vde_switch and a Linux bridge (as root)
     Switch(switch::Arguments),
+    /// Snapshots across three hosts: skew, stall, and what the traffic between them suffers (as root)
+    Cluster(cluster::Arguments),
+    /// Packets a second between two hosts, against VXLAN and plain UDP (as root)
+    Tunnel(tunnel::Arguments),
     /// Write protection of memory in small and in huge pages (as root)
     Protect(protect::Arguments),
-    /// All of them, in the order protect, switch, restore, consistency, snapshot
+    /// All of them, in the order protect, switch, tunnel, restore, consistency, snapshot, cluster
     All(All),
     /// The data plane alone between two sockets, for `switch`
     #[command(hide = true)]
@@ -115,13 +121,17 @@ fn run(arguments: Arguments) -> Result<Vec<String>, Failure> {
         Benchmark::Collection(arguments) => vec![collection::run(&arguments, common)?],
         Benchmark::Idle(arguments) => vec![idle::run(&arguments, common)?],
         Benchmark::Switch(arguments) => vec![switch::run(&arguments, common)?],
+        Benchmark::Cluster(arguments) => vec![cluster::run(&arguments, common)?],
+        Benchmark::Tunnel(arguments) => vec![tunnel::run(&arguments, common)?],
         Benchmark::Protect(arguments) => vec![protect::run(&arguments)?],
         Benchmark::All(_) => vec![
             protect::run(&protect::Arguments::default())?,
             switch::run(&switch::Arguments::default(), common)?,
+            tunnel::run(&tunnel::Arguments::default(), common)?,
             restore::run(&restore::Arguments::default(), common)?,
             consistency::run(&consistency::Arguments::default(), common)?,
             snapshot::run(&snapshot::Arguments::default(), common)?,
+            cluster::run(&cluster::Arguments::default(), common)?,
         ],
         Benchmark::CollectStore(arguments) => {
             collection::collect(arguments.store())?;

@@ -152,7 +152,8 @@ fn measure(
 }
 
 /// Pins the calling thread, and what it starts, to a core.
-fn pin(core: usize) -> Result<(), Failure> {
+/// Keeps the calling thread on one core.
+pub(crate) fn pin(core: usize) -> Result<(), Failure> {
     let mut set = nix::sched::CpuSet::new();
     set.set(core)
         .and_then(|()| nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set))

@@ -1,0 +1,282 @@
+//! Snapshots of an environment on three hosts: how far apart its machines are cut, and what that costs their traffic.
+//!
+//! Six machines, two on each of three hosts ([`hosts`]); a TCP session and a numbered UDP stream in each of three pairs, all of
+//! them across tunnels. Cuts, and then as long without any: what was sent again or lost more often with cuts than without is
+//! put down to them. All hosts share this computer's clock, so the skew is true; they also share its processors, which real
+//! hosts do not.
+
+pub(crate) mod hosts;
+
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use diorama_api::{EnvironmentStatus, SnapshotReport};
+use serde::Serialize;
+
+use crate::Common;
+use crate::failure::Failure;
+use crate::figures::{Outcome, Sample, Summary, ms, table};
+use crate::lab::{self, Lab, say};
+use crate::load::{Program, cores_used};
+use crate::snapshot::remove;
+use hosts::{HOSTS, Hosts};
+
+const ENVIRONMENT: &str = "bench";
+/// Machines, host by host; the addresses are 10.0.0.1 and on.
+const MACHINES: [(&str, usize); 6] = [("a", 1), ("b", 2), ("c", 3), ("d", 1), ("e", 2), ("f", 3)];
+/// From and to: each pair on two hosts.
+const PAIRS: [(&str, &str, &str); 3] =
+    [("a", "b", "10.0.0.2"), ("c", "d", "10.0.0.4"), ("e", "f", "10.0.0.6")];
+/// How long programs in guests may take to start.
+const READY: Duration = Duration::from_secs(90);
+
+/// Its arguments.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Arguments {
+    /// Cuts
+    #[arg(long, default_value_t = 100)]
+    count: u32,
+    /// Datagrams a second of each UDP stream
+    #[arg(long, default_value_t = 50)]
+    datagrams: u32,
+    /// Bytes a second of each TCP session
+    #[arg(long, default_value = "32KiB")]
+    bytes: String,
+}
+
+impl Default for Arguments {
+    fn default() -> Self {
+        Self { count: 100, datagrams: 50, bytes: "32KiB".to_owned() }
+    }
+}
+
+/// What the traffic suffered within a time.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+struct Suffered {
+    seconds: f64,
+    tcp_bytes: u64,
+    tcp_retransmits: u64,
+    udp_received: u64,
+    udp_lost: u64,
+    udp_duplicated: u64,
+    udp_reordered: u64,
+    bad_bytes: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Findings {
+    cuts: u32,
+    memory_mib: u64,
+    cores_used: f64,
+    skew_us: Summary,
+    /// Of the machines of one host, as far as that can be told: by the cut of the whole, from the least to the most.
+    stall_us: Summary,
+    pause_us: Summary,
+    create_ms: Summary,
+    in_flight: u64,
+    unaccounted: i64,
+    drain_incomplete: u32,
+    with_cuts: Suffered,
+    without: Suffered,
+}
+
+/// Measures.
+pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Failure> {
+    let count = if common.quick { 5 } else { arguments.count };
+    say("cluster: starting three hosts");
+    let hosts = Hosts::new()?;
+    let findings = measure(&hosts, count, arguments, common.memory)?;
+    let mut violations = Vec::new();
+    if findings.unaccounted != 0 {
+        violations.push(format!("cluster: {} frames unaccounted", findings.unaccounted));
+    }
+    if findings.with_cuts.bad_bytes + findings.without.bad_bytes > 0 {
+        violations.push("cluster: bytes of a TCP session are wrong".to_owned());
+    }
+    if findings.with_cuts.udp_duplicated > findings.without.udp_duplicated {
+        violations.push(format!("cluster: {} datagrams came twice", findings.with_cuts.udp_duplicated));
+    }
+    let json = serde_json::json!({ "findings": findings });
+    Ok(Outcome { name: "cluster", json, text: text(&findings), violations })
+}
+
+fn measure(hosts: &Hosts, count: u32, arguments: &Arguments, memory_mib: u64) -> Result<Findings, Failure> {
+    let one = hosts.lab(0);
+    say(format!("cluster: starting six machines of {memory_mib} MiB"));
+    let file = one.write("bench.yaml", &specification(memory_mib))?;
+    let _: EnvironmentStatus = one.run(&["up", &file.to_string_lossy()])?;
+    start_traffic(one, arguments)?;
+    let used = cores_used(one, ENVIRONMENT)?;
+    say(format!("cluster: machines use {used:.2} cores"));
+
+    let mut samples: [Sample; 4] = Default::default();
+    let [skews, stalls, pauses, creates] = &mut samples;
+    let (mut in_flight, mut unaccounted, mut drain_incomplete) = (0, 0, 0);
+    let before = Looked::take(one)?;
+    for cut in 0..count {
+        // Each host is the initiator in turn.
+        let lab = hosts.lab(cut as usize % HOSTS);
+        let report: SnapshotReport =
+            lab.run(&["-e", ENVIRONMENT, "snapshot", "create", "--capture", "live"])?;
+        remove(lab, ENVIRONMENT, &report.id)?;
+        skews.push(report.cut.skew_us as f64);
+        creates.push(report.create_ms as f64);
+        in_flight += report.frames.in_flight;
+        unaccounted += report.frames.unaccounted.abs();
+        for machine in &report.machines {
+            stalls.push(machine.stall_us as f64);
+            pauses.push(machine.pause_us as f64);
+            drain_incomplete += u32::from(machine.drain_incomplete);
+        }
+        if (cut + 1) % 10 == 0 {
+            say(format!("cluster: {} cuts, skew {} ms in the median", cut + 1, ms(skews.median())));
+        }
+    }
+    let between = Looked::take(one)?;
+    let length = between.at.duration_since(before.at);
+    say(format!("cluster: the same without cuts, {:.0} s", length.as_secs_f64()));
+    lab::sleep(length)?;
+    let after = Looked::take(one)?;
+    Ok(Findings {
+        cuts: count,
+        memory_mib,
+        cores_used: used,
+        skew_us: skews.summary(),
+        stall_us: stalls.summary(),
+        pause_us: pauses.summary(),
+        create_ms: creates.summary(),
+        in_flight,
+        unaccounted,
+        drain_incomplete,
+        with_cuts: Suffered::between(&before, &between),
+        without: Suffered::between(&between, &after),
+    })
+}
+
+fn start_traffic(lab: &Lab, arguments: &Arguments) -> Result<(), Failure> {
+    let (datagrams, bytes) = (arguments.datagrams, &arguments.bytes);
+    for (_, to, _) in PAIRS {
+        let script = "mkdir -p /run/load; \
+            setsid traffic udp-recv --port 7000 --status /run/load/udp.json </dev/null >/dev/null 2>&1 & \
+            setsid traffic tcp-serve --port 7001 --status /run/load/tcp.json </dev/null >/dev/null 2>&1 &";
+        lab.guest(ENVIRONMENT, to, script)?;
+    }
+    for (from, _, address) in PAIRS {
+        let script = format!(
+            "mkdir -p /run/load; ping -c 1 -W 30 {address} >/dev/null; \
+             setsid traffic udp-send --to {address}:7000 --rate {datagrams} --status /run/load/udp.json </dev/null >/dev/null 2>&1 & \
+             setsid traffic tcp-send --to {address}:7001 --rate {bytes} --status /run/load/tcp.json </dev/null >/dev/null 2>&1 &"
+        );
+        lab.guest(ENVIRONMENT, from, &script)?;
+    }
+    let end = Instant::now() + READY;
+    while Instant::now() < end {
+        // Not there yet is no failure.
+        if let Ok(looked) = Looked::take(lab)
+            && looked.sum("udp-recv", |program| program.received) > 0
+            && looked.of_kind("tcp-serve").filter(|program| program.bytes > 0).count() == PAIRS.len()
+        {
+            return lab::sleep(Duration::from_secs(3));
+        }
+        lab::sleep(Duration::from_millis(300))?;
+    }
+    Err(Failure::TooLate("traffic between the guests".to_owned(), READY.as_secs()))
+}
+
+/// What all programs say, and when.
+struct Looked {
+    at: Instant,
+    programs: Vec<Program>,
+}
+
+impl Looked {
+    fn take(lab: &Lab) -> Result<Self, Failure> {
+        let at = Instant::now();
+        let mut programs = Vec::new();
+        for (machine, _) in MACHINES {
+            let text = lab.guest(ENVIRONMENT, machine, "cat /run/load/*.json")?;
+            for program in serde_json::Deserializer::from_str(&text).into_iter() {
+                programs.push(program.map_err(|error| Failure::Guest {
+                    machine: machine.to_owned(),
+                    problem: format!("status: {error}"),
+                })?);
+            }
+        }
+        Ok(Self { at, programs })
+    }
+
+    fn of_kind<'a>(&'a self, kind: &'a str) -> impl Iterator<Item = &'a Program> {
+        self.programs.iter().filter(move |program| program.kind == kind)
+    }
+
+    fn sum(&self, kind: &str, field: fn(&Program) -> u64) -> u64 {
+        self.of_kind(kind).map(field).sum()
+    }
+}
+
+impl Suffered {
+    fn between(before: &Looked, after: &Looked) -> Self {
+        let grown = |kind: &str, field: fn(&Program) -> u64| {
+            after.sum(kind, field).saturating_sub(before.sum(kind, field))
+        };
+        Self {
+            seconds: after.at.duration_since(before.at).as_secs_f64(),
+            tcp_bytes: grown("tcp-serve", |program| program.bytes),
+            tcp_retransmits: grown("tcp-send", |program| program.retransmits)
+                + grown("tcp-serve", |program| program.retransmits),
+            udp_received: grown("udp-recv", |program| program.received),
+            udp_lost: grown("udp-recv", |program| program.lost),
+            udp_duplicated: grown("udp-recv", |program| program.duplicated + program.too_old),
+            udp_reordered: grown("udp-recv", |program| program.reordered),
+            bad_bytes: grown("tcp-serve", |program| program.bad_bytes),
+        }
+    }
+}
+
+fn specification(memory_mib: u64) -> String {
+    let machines: String = MACHINES
+        .iter()
+        .zip(1..)
+        .map(|((machine, host), number)| {
+            format!(
+                "  {machine}: {{image: micro, memory: {memory_mib}MiB, host: h{host}, nics: [{{network: lan, address: 10.0.0.{number}/24}}]}}\n"
+            )
+        })
+        .collect();
+    format!("name: {ENVIRONMENT}\nmachines:\n{machines}networks:\n  lan: {{}}\n")
+}
+
+fn text(findings: &Findings) -> String {
+    let figure = |name: &str, summary: &Summary, show: fn(f64) -> String, target: &str| {
+        vec![name.to_owned(), show(summary.median), show(summary.max), target.to_owned()]
+    };
+    let rows = [
+        figure("skew", &findings.skew_us, ms, "2"),
+        figure("stall", &findings.stall_us, ms, "8"),
+        figure("pause", &findings.pause_us, ms, ""),
+        figure("until durable", &findings.create_ms, |value| format!("{value:.0}"), ""),
+    ];
+    let suffered = |name: &str, field: fn(&Suffered) -> String| {
+        vec![name.to_owned(), field(&findings.with_cuts), field(&findings.without)]
+    };
+    let traffic = [
+        suffered("seconds", |suffered| format!("{:.0}", suffered.seconds)),
+        suffered("TCP bytes checked", |suffered| suffered.tcp_bytes.to_string()),
+        suffered("TCP retransmissions", |suffered| suffered.tcp_retransmits.to_string()),
+        suffered("UDP datagrams received", |suffered| suffered.udp_received.to_string()),
+        suffered("UDP lost", |suffered| suffered.udp_lost.to_string()),
+        suffered("UDP reordered", |suffered| suffered.udp_reordered.to_string()),
+    ];
+    format!(
+        "{} live snapshots of six machines of {} MiB on three hosts (network namespaces of one computer), which used {:.2} cores\n\
+         before: {} frames in flight recorded, {} unaccounted, {} machines cut undrained. Milliseconds:\n\n{}\n\n{}\n",
+        findings.cuts,
+        findings.memory_mib,
+        findings.cores_used,
+        findings.in_flight,
+        findings.unaccounted,
+        findings.drain_incomplete,
+        table(&["", "median", "max", "target (median)"], &rows),
+        table(&["", "with cuts", "without"], &traffic),
+    )
+}
