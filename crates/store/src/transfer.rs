@@ -39,8 +39,10 @@ use crate::tree::{self, Place, Shape, Visitor};
 const RUN_BYTES: u64 = 1 << 20;
 /// ... and this many: a few bytes can be the whole of a group.
 const RUN_GROUPS: usize = 16;
-/// How many runs are read ahead, by as many threads.
-const AHEAD: usize = 4;
+/// How many runs are read ahead at least, by as many threads; where each request takes time of its own, more.
+const AHEAD_MIN: usize = 4;
+/// The most: each takes some MiB of memory.
+const AHEAD_MAX: usize = 16;
 /// What has been copied is made durable after this much, so that an interrupted transfer goes on from there.
 const PUBLISH_BYTES: u64 = 64 << 20;
 
@@ -209,9 +211,10 @@ impl Store {
     ) -> Result<(), StoreError> {
         let next = AtomicUsize::new(0);
         let stop = AtomicBool::new(false);
+        let ahead = self.backend().reading().at_once.clamp(AHEAD_MIN, AHEAD_MAX);
         thread::scope(|scope| {
-            let (sender, batches) = mpsc::sync_channel(AHEAD);
-            for _ in 0..AHEAD.min(runs.len()) {
+            let (sender, batches) = mpsc::sync_channel(ahead);
+            for _ in 0..ahead.min(runs.len()) {
                 let (sender, next, stop) = (sender.clone(), &next, &stop);
                 scope.spawn(move || {
                     let mut opener = Opener::new();
