@@ -14,4 +14,5 @@ mod place;
 mod round_trip;
 mod sample;
 mod sharing;
+mod signing;
 mod transfer;

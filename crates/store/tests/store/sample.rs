@@ -47,7 +47,7 @@ impl Sample {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let location = crate::place::new(folder.path());
         let store = Store::create_encrypted(&location, &key(1), PassphraseCost::default(), "first").unwrap();
-        Self::around(folder, location, store, OpenOptions { secret: Some(key(1)) })
+        Self::around(folder, location, store, OpenOptions { secret: Some(key(1)), signer: None })
     }
 
     /// One whose store is somewhere else.
