@@ -198,19 +198,19 @@ impl Store {
             }
             Err(error) => return Err(error),
         };
-        let signer = serde_json::from_slice::<Stored>(&bytes).ok().filter(|stored| stored.format == FORMAT);
-        let signer = signer.and_then(|stored| {
-            let key = PublicKey(stored.key.try_into().ok()?);
-            key.has_signed(id, &stored.signature).then_some(key)
-        });
-        Ok(signer.map_or(Signature::Wrong { object, damage: Damage::Signature }, Signature::By))
+        Ok(signer_of(id, &bytes)
+            .map_or(Signature::Wrong { object, damage: Damage::Signature }, Signature::By))
     }
 
-    /// Puts a signature where another store, or a file, had it. It is looked at first.
+    /// Puts a signature here that another store, or a file, had: [`Store::signature_bytes`].
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// When it is none of this snapshot, or cannot be written.
     pub fn put_signature(&self, id: &SnapshotId, object: &[u8]) -> Result<(), StoreError> {
+        if signer_of(id, object).is_none() {
+            let object = self.backend().locate(&signature_key(id));
+            return Err(StoreError::corrupt(&object, Damage::Signature));
+        }
         self.backend().replace(&signature_key(id), object)
     }
 
@@ -226,6 +226,12 @@ impl Store {
     pub(crate) fn signed(&self) -> Result<Vec<SnapshotId>, StoreError> {
         Ok(self.backend().list(SIGNATURES)?.iter().filter_map(|object| object.name.parse().ok()).collect())
     }
+}
+
+fn signer_of(id: &SnapshotId, object: &[u8]) -> Option<PublicKey> {
+    let stored: Stored = serde_json::from_slice(object).ok()?;
+    let key = PublicKey(stored.key.try_into().ok()?);
+    (stored.format == FORMAT && key.has_signed(id, &stored.signature)).then_some(key)
 }
 
 pub(crate) fn signature_key(id: &SnapshotId) -> String {

@@ -50,6 +50,16 @@ impl Sample {
         Self::around(folder, location, store, OpenOptions { secret: Some(key(1)), signer: None })
     }
 
+    /// An encrypted one that signs.
+    pub fn signing() -> Self {
+        let mut sample = Self::encrypted();
+        let path = sample.folder.path().join("signing.pem");
+        fs::write(&path, &*SigningKey::generate().0).unwrap();
+        sample.options.signer = Some(SigningKey::read(&path).unwrap());
+        sample.store = sample.reopened();
+        sample
+    }
+
     /// One whose store is somewhere else.
     #[allow(dead_code, reason = "what only a bucket's tests need")]
     pub fn in_place(location: Location) -> Self {
