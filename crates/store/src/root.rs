@@ -169,11 +169,7 @@ impl Store {
         Ok(store)
     }
 
-    fn unopened(
-        below: Arc<dyn Backend>,
-        keyring: Option<Keyring>,
-        signer: Option<SigningKey>,
-    ) -> Self {
+    fn unopened(below: Arc<dyn Backend>, keyring: Option<Keyring>, signer: Option<SigningKey>) -> Self {
         let backend: Arc<dyn Backend> = match &keyring {
             Some(keyring) => Arc::new(Sealed::new(below, keyring.master())),
             None => below,

@@ -222,6 +222,15 @@ impl Store {
         self.backend().read(&signature_key(id), OBJECT_BYTES_MAX)
     }
 
+    /// The same, where it is one of this snapshot.
+    pub(crate) fn sound_signature(&self, id: &SnapshotId) -> Result<Option<Vec<u8>>, StoreError> {
+        match self.signature_bytes(id) {
+            Ok(bytes) => Ok(bytes.filter(|bytes| signer_of(id, bytes).is_some())),
+            Err(error) if error.is_damage() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// The snapshots that have a signature, if they are there.
     pub(crate) fn signed(&self) -> Result<Vec<SnapshotId>, StoreError> {
         Ok(self.backend().list(SIGNATURES)?.iter().filter_map(|object| object.name.parse().ok()).collect())

@@ -46,6 +46,9 @@ fn a_snapshot_says_who_signed_it() {
         fs::remove_file(signature_file(&sample, &id)).unwrap();
         store.put_signature(&id, &bytes).unwrap();
         assert_eq!(store.signature(&id).unwrap(), Signature::By(signer.public()));
+        let elsewhere = Sample::new();
+        store.copy_to(&id, &elsewhere.store, None, &|| false, &mut none).unwrap();
+        assert_eq!(elsewhere.store.signature(&id).unwrap(), Signature::By(signer.public()));
         store.remove(&id).unwrap();
         store.remove(&unsigned).unwrap();
         assert_eq!(sample.names_in("signatures"), [""; 0]);
