@@ -7,7 +7,10 @@ mod encryption;
 mod faults;
 mod faulty;
 mod full_disk;
+mod fuzz;
 mod kept;
+#[path = "../../../../fuzz/mangle.rs"]
+mod mangle;
 mod model;
 mod names;
 mod place;
