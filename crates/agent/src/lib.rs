@@ -45,6 +45,7 @@ mod ram_cache;
 mod record;
 mod restore;
 mod serve;
+pub mod signatures;
 mod slot;
 mod snapshot;
 mod snapshots;
@@ -59,7 +60,7 @@ mod upkeep;
 use std::sync::{Arc, OnceLock, Weak};
 
 use diorama_api::{AgentInfo, ApiError, Empty, ErrorKind, Folders, StopAgentRequest};
-use diorama_store::{Location, OpenOptions, Store};
+use diorama_store::{Location, OpenOptions, PublicKey, Store};
 use tokio::sync::Notify;
 
 pub use dataplane::switch_streams;
@@ -83,6 +84,8 @@ pub(crate) struct Agent {
     host: String,
     hardware: Hardware,
     store: Store,
+    /// Whose signatures count; `None`: anybody's, and none.
+    trusted: Option<Vec<PublicKey>>,
     cache: RamCache,
     files: FileCache,
     plane: DataPlane,
@@ -102,6 +105,7 @@ impl Agent {
     fn open(folders: Folders, opening: &OpenOptions) -> Result<Arc<Self>, ApiError> {
         folders.create()?;
         let store = Store::open_later(&store_location(&folders)?, opening).map_err(problem::store_error)?;
+        let trusted = signatures::trusted_from_process()?;
         let cache = RamCache::open(folders.runtime(), folders.home())?;
         let files = FileCache::open(folders.home())?;
         let plane = DataPlane::start()
@@ -114,6 +118,7 @@ impl Agent {
             host: host_name(),
             hardware: Hardware::default(),
             store,
+            trusted,
             cache,
             files,
             plane,

@@ -50,7 +50,7 @@ impl Agent {
     ) -> Result<RestoreReport, ApiError> {
         let started = before(request.elapsed_us);
         let id = self.resolve_snapshot(&request.snapshot, environment)?;
-        let stored = self.store.load(&id).map_err(store_error)?;
+        let stored = self.load_trusted(&id)?;
         let name = match environment {
             Some(name) => name.parse().map_err(|error: diorama_topology::NameError| {
                 ApiError::new(
@@ -73,7 +73,7 @@ impl Agent {
     pub(crate) fn fork(&self, request: &ForkRequest, operation: &Operation) -> Result<ForkReport, ApiError> {
         let started = before(request.elapsed_us);
         let id = self.resolve_snapshot(&request.snapshot, request.environment.as_deref())?;
-        let stored = self.store.load(&id).map_err(store_error)?;
+        let stored = self.load_trusted(&id)?;
         if self.cluster().is_some() {
             return self.fork_in_cluster(id, &stored.manifest.specification.name, request, operation);
         }

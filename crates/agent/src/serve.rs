@@ -54,7 +54,10 @@ pub fn run(options: Options) -> Result<(), ApiError> {
         Some(secret) => Some(secret.clone()),
         None => SecretSource::from_process()?.map(|source| source.read()).transpose()?,
     };
-    let agent = Agent::open(options.folders.clone(), &OpenOptions { secret })?;
+    let agent = Agent::open(
+        options.folders.clone(),
+        &OpenOptions { secret, signer: crate::signatures::signer_from_process()? },
+    )?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         // Threads for long work are begun by others that may go before guests.

@@ -2,8 +2,8 @@
 
 use diorama_api::{
     ApiError, BytesReport, CaptureMode, CutReport, DamagedSnapshot, DiskReport, DroppedReport, FramesReport,
-    Here, InFlightPolicy, MachineReport, NetworkReport, RemoveReport, SnapshotList, SnapshotReport,
-    SnapshotSummary, VerifyProblem, VerifyReport,
+    Here, InFlightPolicy, MachineReport, NetworkReport, RemoveReport, SignatureReport, SnapshotList,
+    SnapshotReport, SnapshotSummary, VerifyProblem, VerifyReport, VerifyRequest,
 };
 use diorama_store::{Accounting, Capture, MachineState, SnapshotId, StoreError, Stored, Summary};
 
@@ -48,7 +48,12 @@ impl Agent {
         environment: Option<&str>,
     ) -> Result<SnapshotReport, ApiError> {
         let id = self.resolve_snapshot(query, environment)?;
-        Ok(report(&self.store.load(&id).map_err(store_error)?))
+        self.report_snapshot(&id)
+    }
+
+    /// The same by its id: also what `snapshot create` prints.
+    pub(crate) fn report_snapshot(&self, id: &SnapshotId) -> Result<SnapshotReport, ApiError> {
+        Ok(report(&self.store.load(id).map_err(store_error)?, self.signature_report(id)?))
     }
 
     /// Deletes one. Running environments and other snapshots are not touched.
@@ -85,9 +90,11 @@ impl Agent {
         &self,
         query: &str,
         environment: Option<&str>,
+        request: &VerifyRequest,
         operation: &Operation,
     ) -> Result<VerifyReport, ApiError> {
         let id = self.resolve_snapshot(query, environment)?;
+        let unsigned = self.signature_problem(&id, &request.signed_by)?;
         let stored = self.store.load(&id).ok();
         let verified = self
             .store
@@ -104,10 +111,11 @@ impl Agent {
         Ok(VerifyReport {
             id: id.to_string(),
             name: stored.as_ref().map(|stored| stored.name.clone()).unwrap_or_default(),
-            ok: verified.problems.is_empty(),
+            ok: verified.problems.is_empty() && unsigned.is_none(),
             checked_bytes: verified.checked_bytes,
             frames: stored.as_ref().map(total_frames).unwrap_or_default(),
-            problems: problems.collect(),
+            signature: self.signature_report(&id)?,
+            problems: problems.chain(unsigned).collect(),
         })
     }
 
@@ -121,8 +129,7 @@ impl Agent {
     }
 }
 
-/// What `snapshot create` and `snapshot show` print.
-pub(crate) fn report(stored: &Stored) -> SnapshotReport {
+fn report(stored: &Stored, signature: SignatureReport) -> SnapshotReport {
     let manifest = &stored.manifest;
     let machine = |machine: &diorama_store::MachineRecord| MachineReport {
         name: machine.name.clone(),
@@ -178,6 +185,7 @@ pub(crate) fn report(stored: &Stored) -> SnapshotReport {
             .collect(),
         bytes: BytesReport { logical: manifest.bytes.logical, new: manifest.bytes.new },
         create_ms: stored.receipt.map_or(0, |receipt| receipt.create_ms),
+        signature,
     }
 }
 

@@ -158,7 +158,7 @@ pub fn new_key_file(path: &Path) -> Result<NewKeyFileReport, ApiError> {
 }
 
 fn keyring(folders: &Folders, secret: Secret) -> Result<Keyring, ApiError> {
-    let options = OpenOptions { secret: Some(secret) };
+    let options = OpenOptions { secret: Some(secret), signer: None };
     let store = Store::open_with(&store_location(folders)?, &options).map_err(store_error)?;
     Ok(store.keyring().cloned().expect("only an encrypted store opens with a secret"))
 }

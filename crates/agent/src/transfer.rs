@@ -188,7 +188,7 @@ fn other_store(request: &TransferRequest, create: bool) -> Result<Store, ApiErro
         None => None,
     };
     let secret = source.map(|source| source.read()).transpose()?;
-    Store::open_with(&location, &OpenOptions { secret }).map_err(|error| match error {
+    Store::open_with(&location, &OpenOptions { secret, signer: None }).map_err(|error| match error {
         StoreError::KeyMissing { .. } => ApiError::new(ErrorKind::Locked, error.to_string())
             .hint("name what opens it with --key-file or --passphrase-file"),
         error => store_error(error),

@@ -31,7 +31,7 @@ use crate::{
     ImportRequest, InitHostRequest, JoinHostRequest, MachinesRequest, Progress, PruneReport, PruneRequest,
     RemoveHostRequest, RemoveReport, RestoreReport, RestoreRequest, SnapshotList, SnapshotReport,
     StopAgentRequest, StoreCheckReport, StoreCheckRequest, StoreGcReport, StoreGcRequest, StoreStats,
-    TokenReply, TokenRequest, TransferReport, TransferRequest, UpRequest, VerifyReport,
+    TokenReply, TokenRequest, TransferReport, TransferRequest, UpRequest, VerifyReport, VerifyRequest,
 };
 
 /// The largest answer, and the longest line of an event stream, that the client takes: an `exec` report may
@@ -466,9 +466,10 @@ impl Client {
         &self,
         query: &str,
         environment: Option<&str>,
+        request: &VerifyRequest,
         observer: impl Observer,
     ) -> Result<VerifyReport, ClientError> {
-        self.operate(&snapshot_path(query, "/verify", environment), &Empty {}, observer).await
+        self.operate(&snapshot_path(query, "/verify", environment), request, observer).await
     }
 
     /// Writes what a snapshot holds as ordinary files.

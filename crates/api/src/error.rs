@@ -32,6 +32,8 @@ pub enum ErrorKind {
     Corrupt,
     /// The store is encrypted, and what was given, or nothing, does not open it.
     Locked,
+    /// Nobody who is trusted has signed the snapshot.
+    Untrusted,
     /// A disk or memory file system is full.
     NoSpace,
     /// The operation was cancelled and undone.

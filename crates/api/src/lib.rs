@@ -24,7 +24,7 @@
 //! | `GET /v1/snapshots` | | [`SnapshotList`] |
 //! | `GET /v1/snapshots/{query}?environment=` | | [`SnapshotReport`] |
 //! | `DELETE /v1/snapshots/{query}?environment=` | | [`RemoveReport`] |
-//! | `POST /v1/snapshots/{query}/verify?environment=` | | events, [`VerifyReport`] |
+//! | `POST /v1/snapshots/{query}/verify?environment=` | [`VerifyRequest`] | events, [`VerifyReport`] |
 //! | `GET /v1/snapshots/{query}/diff/{other}?environment=` | | [`DiffReport`] |
 //! | `POST /v1/snapshots/{query}/extract?environment=` | [`ExtractRequest`] | events, [`ExtractReport`] |
 //! | `POST /v1/snapshots/{query}/export?environment=` | [`ExportRequest`] | events, [`ExportReport`] |

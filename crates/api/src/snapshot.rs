@@ -73,6 +73,33 @@ pub struct SnapshotReport {
     pub bytes: BytesReport,
     /// From the request until it was durable, in milliseconds.
     pub create_ms: u64,
+    /// Who vouches for it.
+    #[serde(default)]
+    pub signature: SignatureReport,
+}
+
+/// Who vouches for a snapshot.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SignatureReport {
+    /// Whether there is a signature.
+    pub state: SignatureState,
+    /// The signer's public key, in hexadecimal digits.
+    pub key: Option<String>,
+    /// Whether that is one of the agent's trusted keys; `null` where it has none.
+    pub trusted: Option<bool>,
+}
+
+/// Whether there is a signature.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SignatureState {
+    /// There is none.
+    #[default]
+    None,
+    /// There is one of exactly this snapshot.
+    Valid,
+    /// There is something that is none of this snapshot.
+    Wrong,
 }
 
 /// When the machines were cut.
@@ -229,6 +256,14 @@ pub struct RemoveReport {
     pub freed_bytes: u64,
 }
 
+/// Prove a snapshot.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifyRequest {
+    /// Files of public keys, their texts: one of these keys must have signed it.
+    #[serde(default)]
+    pub signed_by: Vec<String>,
+}
+
 /// The proof of a snapshot.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct VerifyReport {
@@ -242,6 +277,9 @@ pub struct VerifyReport {
     pub checked_bytes: u64,
     /// The accounting as checked.
     pub frames: FramesReport,
+    /// Who vouches for it.
+    #[serde(default)]
+    pub signature: SignatureReport,
     /// What is wrong: which file, where, what.
     pub problems: Vec<VerifyProblem>,
 }

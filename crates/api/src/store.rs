@@ -221,3 +221,14 @@ pub struct NewKeyFileReport {
     /// Where it is.
     pub file: String,
 }
+
+/// `diorama store signer`: a pair of keys that has been made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewSignerReport {
+    /// Where the private key is.
+    pub file: String,
+    /// Where the public key is.
+    pub public_file: String,
+    /// The public key, in hexadecimal digits.
+    pub key: String,
+}

@@ -21,6 +21,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
+use diorama_agent::signatures;
 use diorama_agent::store_keys::SecretSource;
 use diorama_api::{ApiError, ErrorKind, Folders};
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
@@ -147,6 +148,9 @@ fn start(folders: &Folders, passphrase: Option<&[u8]>) -> Result<(), Start> {
         .stderr(log);
     if let Some(source) = SecretSource::from_process().map_err(Failure::from)? {
         let (name, path) = source.variable().map_err(Failure::from)?;
+        agent.env(name, path);
+    }
+    for (name, path) in signatures::variables().map_err(Failure::from)? {
         agent.env(name, path);
     }
     if passphrase.is_some() {

@@ -16,6 +16,7 @@ use crate::index::ChunkSet;
 use crate::manifest::{Manifest, check_part_name, check_snapshot_name};
 use crate::pack::{Opener, PackId};
 use crate::root::{Store, pack_key};
+use crate::signature::Signature;
 use crate::tree::{self, Place, Visitor};
 
 /// How far a check goes.
@@ -117,6 +118,11 @@ impl Store {
         if !lost.is_empty() {
             for (id, manifest) in &manifests {
                 self.attribute(id, manifest, &lost, &mut report)?;
+            }
+        }
+        for (id, _) in &manifests {
+            if let Signature::Wrong { object, damage } = self.signature(id)? {
+                report.problems.push(CheckProblem { object, kind: CheckProblemKind::Damaged(damage) });
             }
         }
         for (id, manifest) in &manifests {

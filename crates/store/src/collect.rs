@@ -42,6 +42,7 @@ use crate::index::{ChunkSet, Index, Pack};
 use crate::ingest::{Chunks, Target};
 use crate::pack::{Opener, PACK_BYTES, PackId};
 use crate::root::{Store, doomed_key, pack_key};
+use crate::signature::signature_key;
 use crate::tree::{self, Place, Visitor};
 
 /// From how many small packs on they are joined.
@@ -132,6 +133,7 @@ impl Store {
         self.refresh()?;
         // Before the sessions: whoever begins after they were counted may rely on what is doomed later.
         let doomed = self.doomed()?;
+        let signed = self.signed()?;
         let mut collected =
             Collected { plan: planned.plan, removed_packs: 0, freed_bytes: 0, deferred: false };
         // This one is among them.
@@ -139,6 +141,12 @@ impl Store {
             collected.deferred = !going.is_empty();
             target.end()?;
             return Ok(collected);
+        }
+        // Those of writers that died before their manifest was there: nobody is about to write it.
+        for id in signed {
+            if !self.exists(&id)? {
+                self.backend().remove(&signature_key(&id), None)?;
+            }
         }
         let spared = self.needed_since(&planned.traced)?;
         let _nobody_reads = self.release_packs();

@@ -383,6 +383,8 @@ pub enum Damage {
         /// Where the first piece starts that cannot; `None` where it is one piece.
         offset: Option<u64>,
     },
+    /// It is no signature, or not one of this snapshot.
+    Signature,
     /// It is no key slot of this store, or not as it was made.
     KeySlot,
     /// A node of a tree, whose hash is right, has another number of children than its place has.
@@ -417,6 +419,7 @@ impl fmt::Display for Damage {
             Self::NoChunk { address } => write!(f, "no pack holds chunk {}", address.short()),
             Self::Seal { offset: Some(at) } => write!(f, "it cannot be decrypted at offset {at}"),
             Self::Seal { offset: None } => write!(f, "it cannot be decrypted"),
+            Self::Signature => write!(f, "it is no signature of this snapshot"),
             Self::KeySlot => write!(f, "it is no key of this store, or has changed"),
             Self::Node { address } => write!(f, "node {} does not fit its place", address.short()),
         }

@@ -155,7 +155,7 @@ fn opened_manifest(bytes: Vec<u8>) -> Result<Copied, ArchiveProblem> {
     }
     let manifest: Manifest = serde_json::from_slice(&bytes).map_err(not_one)?;
     manifest.check().map_err(ArchiveProblem::Manifest)?;
-    Ok(Copied { id: SnapshotId::of_manifest(&bytes), bytes, manifest })
+    Ok(Copied { id: SnapshotId::of_manifest(&bytes), bytes, manifest, signature: None })
 }
 
 fn opened_table(pack: &[u8]) -> Result<Table, PackError> {

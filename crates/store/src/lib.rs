@@ -10,6 +10,7 @@
 //! snapshots/<id>.json          a manifest; its BLAKE3 hash is the snapshot's id
 //! names/<environment>/<name>   which snapshot has this name
 //! aliases/<id>                 the name of one that came from elsewhere, where it is not its manifest's
+//! signatures/<id>              who vouches for it, if anybody does
 //! receipts/<id>.json           how long it took; not covered by the id
 //! doomed/<pack>                a mark: this pack is about to go
 //! cache/summaries              what lists say; can be made again
@@ -28,7 +29,7 @@
 //! | `seal`, `keys` | encryption: what a sealed object is, and who can open it |
 //! | `write`, `ingest` | a snapshot in the making |
 //! | `fetch`, `read`, `part_reader` | from addresses back to contents |
-//! | `catalog`, `remove`, `diff`, `verify` | one snapshot, or two |
+//! | `catalog`, `remove`, `diff`, `verify`, `signature` | one snapshot, or two |
 //! | `transfer`, `export` | a snapshot from store to store, or by way of a file |
 //! | `collect`, `check`, `stats` | the store as a whole |
 //!
@@ -69,6 +70,7 @@ mod remove;
 mod retention;
 mod root;
 mod seal;
+mod signature;
 mod stats;
 mod transfer;
 mod tree;
@@ -98,6 +100,7 @@ pub use part_reader::{PartReader, Sink};
 pub use retention::{Policy, Verdict};
 pub use root::{OpenOptions, Store};
 pub use seal::random_key;
+pub use signature::{KeyFileError, PublicKey, Signature, SigningKey};
 pub use stats::Stats;
 pub use transfer::Arrived;
 pub use tree::{CLUSTER_BYTES, PAGE_BYTES, Shape};

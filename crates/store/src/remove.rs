@@ -5,6 +5,7 @@ use crate::catalog::{alias_key, manifest_key, name_key, receipt_key};
 use crate::error::StoreError;
 use crate::id::SnapshotId;
 use crate::root::Store;
+use crate::signature::signature_key;
 
 impl Store {
     /// Removes a snapshot, damaged or not. Its children stay; their parent is then a snapshot that is not there.
@@ -25,6 +26,7 @@ impl Store {
         if alias.is_some() {
             self.backend().remove(&alias_key(id), None)?;
         }
+        self.backend().remove(&signature_key(id), None)?;
         self.backend().remove(&receipt_key(id), None)?;
         Ok(())
     }

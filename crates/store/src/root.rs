@@ -15,6 +15,7 @@ use crate::keys::{self, KEYS, Keyring, PassphraseCost, Secret};
 use crate::known::KnownRoots;
 use crate::location::AsLocation;
 use crate::pack::{self, FOOTER_BYTES, MAGIC, PACK_BYTES_MAX, PackError, PackId, Table};
+use crate::signature::SigningKey;
 use crate::write::Writer;
 
 const FORMAT: &str = "diorama-store/1";
@@ -22,7 +23,7 @@ const FORMAT: &str = "diorama-store/1";
 const FORMAT_ENCRYPTED: &str = "diorama-store/1+encrypted";
 const FORMAT_KEY: &str = "format";
 /// Everything that a store's folder may have in it.
-const OURS: [&str; 12] = [
+const OURS: [&str; 13] = [
     "format",
     "lock",
     "incoming",
@@ -34,6 +35,7 @@ const OURS: [&str; 12] = [
     "receipts",
     "cache",
     "sessions",
+    "signatures",
     KEYS,
 ];
 /// A pack's end is read to have its table: most are shorter than this, and what is read in vain costs less than
@@ -62,6 +64,7 @@ struct Inner {
     keyring: Option<Keyring>,
     /// The format has been found to be ours.
     checked: AtomicBool,
+    signer: Option<SigningKey>,
 }
 
 /// How a store is opened.
@@ -70,6 +73,8 @@ pub struct OpenOptions {
     /// What opens it: an encrypted store needs it, and no other is opened with it. Then, too, no store is made where
     /// there is none.
     pub secret: Option<Secret>,
+    /// What signs the snapshots that are written.
+    pub signer: Option<SigningKey>,
 }
 
 /// A pack that the index could not take in.
@@ -103,7 +108,7 @@ impl Store {
         match Self::open_in(Arc::clone(&backend), options) {
             Err(error @ StoreError::Remote { .. }) if options.secret.is_none() => {
                 tracing::warn!(%error, "the store cannot be used");
-                Ok(Self::unopened(backend, None))
+                Ok(Self::unopened(backend, None, options.signer.clone()))
             }
             opened => opened,
         }
@@ -117,7 +122,7 @@ impl Store {
     /// The same, where it may be encrypted.
     pub fn open_in(backend: Arc<dyn Backend>, options: &OpenOptions) -> Result<Self, StoreError> {
         let keyring = settle_format(&backend, options)?;
-        Self::with_keyring(backend, keyring)
+        Self::with_keyring(backend, keyring, options.signer.clone())
     }
 
     /// Makes an encrypted store there, which this secret opens. There must be none.
@@ -146,12 +151,16 @@ impl Store {
         // The slot first: from then on nobody takes it for a store without a key.
         let keyring = Keyring::make(Arc::clone(&backend), secret, cost, label)?;
         write_format(&*backend, FORMAT_ENCRYPTED)?;
-        Self::with_keyring(backend, Some(keyring))
+        Self::with_keyring(backend, Some(keyring), None)
     }
 
     /// The store, once its format is known.
-    fn with_keyring(backend: Arc<dyn Backend>, keyring: Option<Keyring>) -> Result<Self, StoreError> {
-        let store = Self::unopened(backend, keyring);
+    fn with_keyring(
+        backend: Arc<dyn Backend>,
+        keyring: Option<Keyring>,
+        signer: Option<SigningKey>,
+    ) -> Result<Self, StoreError> {
+        let store = Self::unopened(backend, keyring, signer);
         store.inner.checked.store(true, Ordering::Relaxed);
         for error in &store.recover()?.failed {
             tracing::warn!(%error, "cannot remove what a crash has left in the store");
@@ -160,7 +169,7 @@ impl Store {
         Ok(store)
     }
 
-    fn unopened(below: Arc<dyn Backend>, keyring: Option<Keyring>) -> Self {
+    fn unopened(below: Arc<dyn Backend>, keyring: Option<Keyring>, signer: Option<SigningKey>) -> Self {
         let backend: Arc<dyn Backend> = match &keyring {
             Some(keyring) => Arc::new(Sealed::new(below, keyring.master())),
             None => below,
@@ -175,6 +184,7 @@ impl Store {
                 fetching: RwLock::default(),
                 keyring,
                 checked: AtomicBool::new(false),
+                signer,
             }),
         }
     }
@@ -202,6 +212,11 @@ impl Store {
     /// The keys of an encrypted store; `None` where it is not encrypted.
     pub fn keyring(&self) -> Option<&Keyring> {
         self.inner.keyring.as_ref()
+    }
+
+    /// What signs the snapshots that are written.
+    pub fn signer(&self) -> Option<&SigningKey> {
+        self.inner.signer.as_ref()
     }
 
     pub(crate) fn backend(&self) -> &dyn Backend {

@@ -33,6 +33,7 @@ use crate::ingest::{Chunks, Target};
 use crate::manifest::{BaseRecord, Manifest, check_snapshot_name};
 use crate::pack::{Opener, PackKind};
 use crate::root::{Store, pack_key};
+use crate::signature::signature_key;
 use crate::tree::{self, Place, Shape, Visitor};
 
 /// Adjacent groups are read together up to about this length...
@@ -78,6 +79,8 @@ pub(crate) struct Copied {
     pub(crate) id: SnapshotId,
     pub(crate) bytes: Vec<u8>,
     pub(crate) manifest: Manifest,
+    /// Who vouches for it; comes along.
+    pub(crate) signature: Option<Vec<u8>>,
 }
 
 impl Store {
@@ -133,7 +136,7 @@ impl Store {
         let manifest = self.parse_manifest(id, &bytes)?;
         // Another process may have taken it.
         self.refresh()?;
-        Ok(Copied { id: *id, bytes, manifest })
+        Ok(Copied { id: *id, bytes, manifest, signature: self.sound_signature(id)? })
     }
 
     /// The chunks that a snapshot needs.
@@ -436,14 +439,21 @@ impl Intake {
         } else {
             backend.replace(&alias_key, name.as_bytes())?;
         }
-        let created = self.target.confirm().and_then(|()| backend.create(&manifest_key(id), &copied.bytes));
+        let signed = match &copied.signature {
+            Some(signature) => self.store.put_signature(id, signature),
+            None => Ok(()),
+        };
+        let created = signed
+            .and_then(|()| self.target.confirm())
+            .and_then(|()| backend.create(&manifest_key(id), &copied.bytes));
         if let Err(error) = created {
             // It may be there all the same, perhaps not durable: whoever is told of an error has no snapshot.
             let name_key = name_key(environment, name);
             let undone = backend
                 .remove(&manifest_key(id), None)
                 .and_then(|_| backend.remove(&name_key, Some(id.to_string().as_bytes())))
-                .and_then(|_| backend.remove(&alias_key, None));
+                .and_then(|_| backend.remove(&alias_key, None))
+                .and_then(|_| backend.remove(&signature_key(id), None));
             if let Err(undo) = undone {
                 tracing::error!(%id, error = %undo, "cannot take back a snapshot");
             }

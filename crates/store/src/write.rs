@@ -1,7 +1,7 @@
 //! Writing one snapshot.
 //!
 //! ```text
-//! begin ──> put_… (packs are staged) ──seal──> commit: packs published ──> name taken ──> manifest created
+//! begin ──> put_… (packs are staged) ──seal──> commit: packs published ──> name taken, signed ──> manifest created
 //!              │ drop, failure, crash + recover                   │ failure, crash
 //!              └──> nothing                                       └──> packs that nobody needs, until collected
 //! ```
@@ -38,6 +38,7 @@ use crate::manifest::{
     state_part,
 };
 use crate::root::Store;
+use crate::signature::signature_key;
 use crate::tree::Shape;
 
 /// A snapshot being written. Dropped without [`Writer::commit`], it was never there.
@@ -167,8 +168,14 @@ impl Writer {
         self.target.publish()?;
         let name_key = name_key(environment, name);
         take_name(&self.store, environment, name, &id)?;
-        let created =
-            self.target.confirm().and_then(|()| self.store.backend().create(&manifest_key(&id), &bytes));
+        let signed = match self.store.signer() {
+            // In place of what may be left of an attempt at the same.
+            Some(signer) => self.store.backend().replace(&signature_key(&id), &signer.sign(&id)),
+            None => Ok(()),
+        };
+        let created = signed
+            .and_then(|()| self.target.confirm())
+            .and_then(|()| self.store.backend().create(&manifest_key(&id), &bytes));
         match created {
             Ok(true) => {}
             Ok(false) => {
@@ -182,6 +189,7 @@ impl Writer {
                 let backend = self.store.backend();
                 let undone = backend
                     .remove(&manifest_key(&id), None)
+                    .and_then(|_| backend.remove(&signature_key(&id), None))
                     .and_then(|_| backend.remove(&name_key, Some(id.to_string().as_bytes())));
                 if let Err(undo) = undone {
                     tracing::error!(%id, error = %undo, "cannot take back a snapshot");

@@ -145,7 +145,7 @@ impl Agent {
         attempt.may_fall_back = may_fall_back;
         attempt.in_flight = request.in_flight;
         let id = attempt.run()?;
-        Ok(crate::snapshots::report(&self.store.load(&id).map_err(store_error)?))
+        self.report_snapshot(&id)
     }
 
     pub(crate) fn choose_name(&self, environment: &str, wanted: Option<String>) -> Result<String, ApiError> {

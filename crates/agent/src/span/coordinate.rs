@@ -27,7 +27,6 @@ use super::parts::{GoRequest, PartReport, PartRequest, READY_STEP};
 use crate::Agent;
 use crate::cluster::{Cluster, MACHINE_OVERHEAD_BYTES, directory_error};
 use crate::operation::Operation;
-use crate::problem::store_error;
 use crate::record::{SpanHost, SpanRecord};
 use crate::restore::MAX_FORKS;
 
@@ -208,7 +207,7 @@ impl Agent {
     ) -> Result<RestoreReport, ApiError> {
         let started = crate::restore::before(elapsed_us);
         let cluster = self.cluster_or_error()?;
-        let stored = self.store.load(&id).map_err(store_error)?;
+        let stored = self.load_trusted(&id)?;
         let specification = stored.manifest.specification.renamed(name.clone());
         let lock = cluster.wait(cluster.directory.lock(&name, "restore")).map_err(directory_error)?;
         let known = self.environment_record(name.as_str());

@@ -17,7 +17,6 @@ use super::Urgent;
 use crate::Agent;
 use crate::cluster::directory_error;
 use crate::operation::Operation;
-use crate::problem::store_error;
 use crate::record::{Record, SpanRecord};
 use crate::slot::Slot;
 use crate::snapshot::{CapturedMachine, HostPart};
@@ -169,7 +168,7 @@ impl Agent {
             (Outcome::Committed, Some(id), _) => {
                 let create_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
                 self.note_created(&id, create_ms);
-                Ok(crate::snapshots::report(&self.store.load(&id).map_err(store_error)?))
+                self.report_snapshot(&id)
             }
             (_, _, Some(error)) => Err(error),
             (Outcome::Aborted(reason), _, None) => {

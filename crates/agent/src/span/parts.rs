@@ -22,7 +22,6 @@ use super::sessions::{KeyRequest, SessionRequest, SessionWanted, Spanned, Spanne
 use crate::Agent;
 use crate::dataplane::{SegmentId, Span};
 use crate::operation::Operation;
-use crate::problem::store_error;
 use crate::record::{Doubt, Phase, SpanRecord};
 use crate::slot::Slot;
 use crate::snapshot::{PartWorker, Post, wall_clock_us};
@@ -136,7 +135,7 @@ impl Agent {
         let id: StoredId = id
             .parse()
             .map_err(|_| ApiError::new(ErrorKind::Invalid, format!("`{id}` is no snapshot's id")))?;
-        let stored = self.store.load(&id).map_err(store_error)?;
+        let stored = self.load_trusted(&id)?;
         let (slot, guard) = self.slots.enter_or_insert(name, "restoring", operation)?;
         let part = request.span.part();
         let wanted = |machine: &str| part.machine(machine).is_some();

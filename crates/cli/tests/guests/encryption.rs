@@ -1,4 +1,4 @@
-//! An encrypted store: made, opened by files and by a person, and used as any other.
+//! An encrypted store: made, opened by files and by a person, and used as any other. And who signs what is in a store.
 
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
@@ -136,5 +136,61 @@ fn an_environment_in_an_encrypted_store() {
     lab.ok(&["restore", "-e", "pair", "kept"]);
     assert_eq!(lab.shell("pair", "client", "cat /tmp/mark"), "before-the-flood\n");
     assert_eq!(lab.ok(&["store", "check", "--read-data"])["ok"], true);
+    lab.finish();
+}
+
+#[test]
+fn snapshots_are_signed_and_others_refused() {
+    let mut lab = Lab::new();
+    let path = |name: &str| lab.folder().join(name).display().to_string();
+    let (alice, bob) = (path("alice.pem"), path("bob.pem"));
+    let key = lab.ok(&["store", "signer", &alice])["key"].clone();
+    lab.ok(&["store", "signer", &bob]);
+    assert_eq!(lab.refused(&["store", "signer", &alice]).kind, "io");
+    lab.set("DIORAMA_SIGNING_KEY", &alice);
+    lab.up(PAIR);
+    let signed = lab.snapshot("pair", &["signed"]);
+    assert_eq!((&signed["signature"]["state"], &signed["signature"]["key"]), (&"valid".into(), &key));
+    lab.ok(&["snapshot", "verify", "signed", "--signed-by", "alice.pem.pub"]);
+    let refused = lab.refused(&["snapshot", "verify", "signed", "--signed-by", "bob.pem.pub"]);
+    assert_eq!(refused.kind, "corrupt", "{refused:?}");
+    assert_eq!(lab.run(&["snapshot", "verify", "signed", "--signed-by", "alice.pem"]).status, Some(2));
+
+    // An agent that signs nothing, and trusts Alice alone.
+    lab.ok(&["agent", "stop", "--force"]);
+    lab.unset("DIORAMA_SIGNING_KEY");
+    lab.set("DIORAMA_TRUSTED_KEYS", "alice.pem.pub");
+    let unsigned = lab.snapshot("pair", &["unsigned"]);
+    assert_eq!(unsigned["signature"]["state"], "none", "{unsigned}");
+    lab.verify("signed");
+    assert_eq!(lab.ok(&["snapshot", "show", "signed"])["signature"]["trusted"], true);
+    let report = lab.run(&["snapshot", "verify", "unsigned", "--json"]);
+    assert!(report.status == Some(1) && report.stdout.contains("nobody has signed it"), "{report:?}");
+    for command in [&["restore", "-e", "pair", "unsigned"][..], &["fork", "unsigned"]] {
+        let refused = lab.refused(command);
+        assert!(refused.kind == "untrusted" && refused.message.contains("nobody has signed"), "{refused:?}");
+    }
+    lab.ok(&["restore", "-e", "pair", "signed"]);
+
+    // The whole store somewhere else, with nothing of this home: it proves itself.
+    let mut elsewhere = Lab::new();
+    let copy = elsewhere.folder().join("copy");
+    let copied = Command::new("cp").arg("-r").arg(lab.home().join("store")).arg(&copy).status().unwrap();
+    assert!(copied.success());
+    elsewhere.set("DIORAMA_STORE", copy.to_str().unwrap());
+    let public = format!("{alice}.pub");
+    elsewhere.ok(&["snapshot", "verify", "signed", "--signed-by", &public]);
+    // Another's signature in its place.
+    let id = |report: &serde_json::Value| report["id"].as_str().unwrap().to_owned();
+    let file = |id: String| copy.join("signatures").join(id);
+    std::fs::copy(file(id(&signed)), file(id(&unsigned))).unwrap();
+    for arguments in
+        [&["snapshot", "verify", "unsigned"][..], &["snapshot", "verify", "unsigned", "--signed-by", &public]]
+    {
+        let refused = elsewhere.refused(arguments);
+        assert_eq!(refused.kind, "corrupt", "{refused:?}");
+    }
+    assert_eq!(elsewhere.ok(&["snapshot", "show", "unsigned"])["signature"]["state"], "wrong");
+    elsewhere.ok(&["agent", "stop"]);
     lab.finish();
 }

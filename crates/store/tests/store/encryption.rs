@@ -15,7 +15,7 @@ fn passphrase(text: &str) -> Secret {
 }
 
 fn open(sample: &Sample, secret: Option<Secret>) -> Result<Store, StoreError> {
-    Store::open_with(&sample.root(), &OpenOptions { secret })
+    Store::open_with(&sample.root(), &OpenOptions { secret, signer: None })
 }
 
 /// Every file below a folder, and its path.
@@ -109,7 +109,7 @@ fn only_a_key_opens_it_and_nothing_is_made_over_it() {
     let plain = Sample::new();
     assert!(matches!(open(&plain, Some(key(1))), Err(StoreError::NotEncrypted { .. })));
     let nowhere = plain.folder.path().join("nowhere");
-    let refused = Store::open_with(&nowhere, &OpenOptions { secret: Some(key(1)) });
+    let refused = Store::open_with(&nowhere, &OpenOptions { secret: Some(key(1)), signer: None });
     assert!(matches!(refused, Err(StoreError::NoStore { .. })), "{refused:?}");
     assert!(files(&nowhere).is_empty());
     assert!(matches!(

@@ -46,7 +46,7 @@ fn each_format_restores() {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         copy(&kept(format), folder.path());
         let secret = format.ends_with("encrypted").then(|| key(1));
-        let store = Store::open_with(folder.path(), &OpenOptions { secret }).unwrap();
+        let store = Store::open_with(folder.path(), &OpenOptions { secret, signer: None }).unwrap();
         let report = store.check(CheckOptions { read_data: true, repair: false }, &mut none).unwrap();
         assert!(report.is_sound() && report.snapshots == 1, "format {format}: {report:?}");
         let id = store.find_name("pair", "kept").unwrap().unwrap();

@@ -7,11 +7,15 @@ mod encryption;
 mod faults;
 mod faulty;
 mod full_disk;
+mod fuzz;
 mod kept;
+#[path = "../../../../fuzz/mangle.rs"]
+mod mangle;
 mod model;
 mod names;
 mod place;
 mod round_trip;
 mod sample;
 mod sharing;
+mod signing;
 mod transfer;

@@ -47,7 +47,17 @@ impl Sample {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let location = crate::place::new(folder.path());
         let store = Store::create_encrypted(&location, &key(1), PassphraseCost::default(), "first").unwrap();
-        Self::around(folder, location, store, OpenOptions { secret: Some(key(1)) })
+        Self::around(folder, location, store, OpenOptions { secret: Some(key(1)), signer: None })
+    }
+
+    /// An encrypted one that signs.
+    pub fn signing() -> Self {
+        let mut sample = Self::encrypted();
+        let path = sample.folder.path().join("signing.pem");
+        fs::write(&path, &*SigningKey::generate().0).unwrap();
+        sample.options.signer = Some(SigningKey::read(&path).unwrap());
+        sample.store = sample.reopened();
+        sample
     }
 
     /// One whose store is somewhere else.

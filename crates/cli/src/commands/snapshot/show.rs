@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use clap::Args;
-use diorama_api::{CaptureMode, DroppedReport, FramesReport, InFlightPolicy, SnapshotReport};
+use diorama_api::{CaptureMode, DroppedReport, FramesReport, InFlightPolicy, SignatureState, SnapshotReport};
 
 use crate::arguments::not_empty;
 use crate::completion;
@@ -83,6 +83,17 @@ fn text(report: &SnapshotReport, output: &Output) -> String {
             bytes(report.bytes.new)
         ),
     );
+    let trusted = match report.signature.trusted {
+        Some(true) => ", which is trusted here",
+        Some(false) => ", which is not trusted here",
+        None => "",
+    };
+    let signed = match (report.signature.state, &report.signature.key) {
+        (SignatureState::Valid, Some(key)) => format!("with key {key}{trusted}"),
+        (SignatureState::Wrong, _) => "wrongly: see `diorama snapshot verify`".to_owned(),
+        _ => "by nobody".to_owned(),
+    };
+    fact("signed", &signed);
     fact("durable", &format!("after {}", milliseconds(report.create_ms)));
     text.push('\n');
     text.push_str(&machines(report, output));

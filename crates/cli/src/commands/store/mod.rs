@@ -6,6 +6,7 @@ mod init;
 mod key;
 mod pull;
 mod push;
+mod signer;
 mod stats;
 
 use std::path::PathBuf;
@@ -38,6 +39,7 @@ pub enum Command {
     Init(init::Arguments),
     #[command(subcommand)]
     Key(key::Command),
+    Signer(signer::Arguments),
     Stats(stats::Arguments),
     Push(push::Arguments),
     Pull(pull::Arguments),
@@ -51,6 +53,7 @@ pub fn run_alone(command: &Command, output: &Output) -> Option<Result<u8, Failur
     match command {
         Command::Init(arguments) => Some(init::run(arguments, output)),
         Command::Key(command) => Some(key::run(command, output)),
+        Command::Signer(arguments) => Some(signer::run(arguments, output)),
         _ => None,
     }
 }
@@ -64,7 +67,7 @@ pub async fn run(command: Command, session: &Session<'_>) -> Result<u8, Failure>
         Command::Check(arguments) => check::run(arguments, session).await,
         Command::Gc(arguments) => gc::run(arguments, session).await,
         Command::Stats(arguments) => stats::run(arguments, session).await,
-        Command::Init(_) | Command::Key(_) => unreachable!("they run without an agent"),
+        Command::Init(_) | Command::Key(_) | Command::Signer(_) => unreachable!("they run without an agent"),
         Command::Push(arguments) => push::run(arguments, session).await,
         Command::Pull(arguments) => pull::run(arguments, session).await,
     }

@@ -1,0 +1,167 @@
+//! Signed snapshots: who signed, what is refused, and that it holds without anything but the store.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use diorama_store::*;
+
+use crate::sample::*;
+
+const ALL: CheckOptions = CheckOptions { read_data: true, repair: false };
+
+/// A sample whose store signs, and the key's file.
+fn signing(make: fn() -> Sample) -> (Sample, SigningKey) {
+    let mut sample = make();
+    let path = sample.folder.path().join("signing.pem");
+    fs::write(&path, &*SigningKey::generate().0).unwrap();
+    let signer = SigningKey::read(&path).unwrap();
+    sample.options.signer = Some(signer.clone());
+    sample.store = sample.reopened();
+    (sample, signer)
+}
+
+fn signature_file(sample: &Sample, id: &SnapshotId) -> std::path::PathBuf {
+    sample.root().join(format!("signatures/{id}"))
+}
+
+#[test]
+fn a_snapshot_says_who_signed_it() {
+    for make in BOTH {
+        let (sample, signer) = signing(make);
+        let id = sample.commit("signed", 1);
+        // By whoever has nothing but the store.
+        let options = OpenOptions { signer: None, ..sample.options.clone() };
+        let store = Store::open_with(&sample.root(), &options).unwrap();
+        assert_eq!(store.signature(&id).unwrap(), Signature::By(signer.public()));
+        let writer = store.begin().unwrap();
+        let manifest = sample.put_all(&writer, "unsigned", 2).unwrap();
+        let unsigned = writer.commit(manifest).unwrap();
+        assert_eq!(store.signature(&unsigned).unwrap(), Signature::None);
+        assert!(store.check(ALL, &mut none).unwrap().is_sound());
+        // What says so can be taken to another store, and goes with the snapshot.
+        let bytes = store.signature_bytes(&id).unwrap().unwrap();
+        let refused = store.put_signature(&unsigned, &bytes).unwrap_err();
+        assert!(refused.is_damage(), "{refused:?}");
+        fs::remove_file(signature_file(&sample, &id)).unwrap();
+        store.put_signature(&id, &bytes).unwrap();
+        assert_eq!(store.signature(&id).unwrap(), Signature::By(signer.public()));
+        let elsewhere = Sample::new();
+        store.copy_to(&id, &elsewhere.store, None, &|| false, &mut none).unwrap();
+        assert_eq!(elsewhere.store.signature(&id).unwrap(), Signature::By(signer.public()));
+        store.remove(&id).unwrap();
+        store.remove(&unsigned).unwrap();
+        assert_eq!(sample.names_in("signatures"), [""; 0]);
+    }
+}
+
+#[test]
+fn a_damaged_signature_is_none_and_named() {
+    type Harm = fn(&Path);
+    let ways: [(&str, Harm); 6] = [
+        ("empty", |path| fs::write(path, b"").unwrap()),
+        ("truncated", |path| fs::write(path, &fs::read(path).unwrap()[..60]).unwrap()),
+        ("flipped", |path| {
+            let mut bytes = fs::read(path).unwrap();
+            let at = bytes.len() - 40;
+            bytes[at] = if bytes[at] == b'0' { b'1' } else { b'0' };
+            fs::write(path, bytes).unwrap();
+        }),
+        ("extended", |path| fs::write(path, [fs::read(path).unwrap(), b"x".to_vec()].concat()).unwrap()),
+        ("a link", |path| {
+            fs::remove_file(path).unwrap();
+            std::os::unix::fs::symlink("/dev/zero", path).unwrap();
+        }),
+        ("a folder", |path| {
+            fs::remove_file(path).unwrap();
+            fs::create_dir(path).unwrap();
+        }),
+    ];
+    for make in BOTH {
+        for (way, harm) in ways {
+            let (sample, _) = signing(make);
+            let id = sample.commit("signed", 1);
+            let other = sample.commit("other", 2);
+            let file = signature_file(&sample, &id);
+            harm(&file);
+            let found = sample.store.signature(&id).unwrap();
+            assert!(matches!(&found, Signature::Wrong { object, .. } if *object == file), "{way}: {found:?}");
+            let report = sample.store.check(ALL, &mut none).unwrap();
+            assert_eq!(report.problems.len(), 1, "{way}: {report:?}");
+            assert_eq!(report.problems[0].object, file, "{way}");
+            assert!(matches!(sample.store.signature(&other).unwrap(), Signature::By(_)));
+            // Missing, it is a snapshot that nobody has signed.
+            fs::remove_file(&file).or_else(|_| fs::remove_dir(&file)).unwrap();
+            assert_eq!(sample.store.signature(&id).unwrap(), Signature::None);
+            sample.restores(&sample.store, &id, 1).unwrap();
+        }
+        // Swapped: each is whole, and of another snapshot.
+        let (sample, _) = signing(make);
+        let (a, b) = (sample.commit("a", 1), sample.commit("b", 2));
+        fs::copy(signature_file(&sample, &a), signature_file(&sample, &b)).unwrap();
+        assert!(matches!(sample.store.signature(&b).unwrap(), Signature::Wrong { .. }));
+    }
+}
+
+/// A writer that dies between its signature and its manifest leaves nothing but what the next collection removes.
+#[test]
+fn a_signature_of_nothing_is_collected() {
+    let (sample, _) = signing(Sample::new);
+    let id = sample.commit("kept", 1);
+    let stray = SnapshotId::of_manifest(b"never there");
+    fs::write(signature_file(&sample, &stray), b"whatever").unwrap();
+    assert!(sample.store.check(ALL, &mut none).unwrap().is_sound());
+    sample.store.collect(CollectOptions::default(), &mut none).unwrap();
+    assert_eq!(sample.names_in("signatures"), [id.to_string()]);
+    assert!(matches!(sample.store.signature(&id).unwrap(), Signature::By(_)));
+}
+
+/// docs/store-format.md says how: with a program that knows nothing of stores.
+#[test]
+fn openssl_verifies_it_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let openssl =
+        |arguments: &[&str]| match Command::new("openssl").args(arguments).current_dir(&folder).output() {
+            Ok(output) => Some(output.status.success()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            Err(error) => panic!("{error}"),
+        };
+    // Its keys are ours.
+    match openssl(&["genpkey", "-algorithm", "ed25519", "-out", "key.pem"]) {
+        Some(made) => assert!(made),
+        None => return eprintln!("skipped: openssl is not installed"),
+    }
+    assert_eq!(openssl(&["pkey", "-in", "key.pem", "-pubout", "-out", "public.pem"]), Some(true));
+    let mut sample = Sample::new();
+    let signer = SigningKey::read(&at("key.pem")).unwrap();
+    assert_eq!(PublicKey::read_all(&at("public.pem")).unwrap(), [signer.public()]);
+    sample.options.signer = Some(signer);
+    sample.store = sample.reopened();
+    let id = sample.commit("signed", 1);
+    let object: serde_json::Value =
+        serde_json::from_slice(&fs::read(signature_file(&sample, &id)).unwrap()).unwrap();
+    let digits = object["signature"].as_str().unwrap().as_bytes();
+    let digit = |at: usize| (digits[at] as char).to_digit(16).unwrap() as u8;
+    let signature: Vec<u8> = (0..digits.len() / 2).map(|n| digit(2 * n) << 4 | digit(2 * n + 1)).collect();
+    fs::write(at("signature"), &signature).unwrap();
+    fs::write(at("message"), format!("diorama snapshot {id}\n")).unwrap();
+    let verify = [
+        "pkeyutl",
+        "-verify",
+        "-rawin",
+        "-pubin",
+        "-inkey",
+        "public.pem",
+        "-in",
+        "message",
+        "-sigfile",
+        "signature",
+    ];
+    assert_eq!(openssl(&verify), Some(true));
+    fs::write(at("message"), format!("diorama snapshot {}\n", SnapshotId::of_manifest(b""))).unwrap();
+    assert_eq!(openssl(&verify), Some(false));
+    // And ours are its.
+    fs::write(at("key.pem"), &*SigningKey::generate().0).unwrap();
+    assert_eq!(openssl(&["pkey", "-in", "key.pem", "-noout"]), Some(true));
+}
