@@ -47,7 +47,7 @@ impl Agent {
         };
         let (inbox, inputs) = channel();
         let _receiving = part.receive_as_initiator(inbox);
-        let post = self.post_for(&slot.name, &span);
+        let post = self.post_for(&slot.name, &span, Some(lock.token()));
         let participants: Vec<ParticipantId> = (0..).map(ParticipantId).take(span.hosts.len()).collect();
         let mut initiator = Initiator::new(Epoch(record.epoch));
         let mut outputs = initiator
@@ -119,8 +119,10 @@ impl Agent {
                             );
                         }
                     }
-                    if operation.is_cancelled() && !cancelled {
+                    let lost = lock.check().err();
+                    if (operation.is_cancelled() || lost.is_some()) && !cancelled {
                         cancelled = true;
+                        failure = lost.map(|lost| ApiError::new(ErrorKind::CutFailed, lost.to_string()));
                         outputs.extend(initiator.handle(Input::Cancel, started.elapsed()));
                     }
                     outputs.extend(initiator.handle(Input::Tick, started.elapsed()));
@@ -183,7 +185,7 @@ impl Agent {
         let Some(span) = record.span.clone() else { return };
         let mut initiator = Initiator::new(Epoch(record.epoch));
         drop(state);
-        let post = self.post_for(&slot.name, &span);
+        let post = self.post_for(&slot.name, &span, None);
         let mut outputs = initiator.handle(input, Duration::ZERO);
         while let Some(output) = outputs.pop() {
             match output {

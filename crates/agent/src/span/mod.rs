@@ -9,6 +9,7 @@
 //! | `coordinate` | the whole: up, down, status, restore |
 //! | `forward` | requests that another host answers |
 //! | `initiate` | the whole's snapshots: the initiator of the protocol |
+//! | `rest` | pausing and resuming the whole |
 //! | `sessions` | the tunnels' keys |
 //!
 //! All of it is for hosts in a cluster ([`crate::cluster`]). There every environment has a record in the cluster's directory,
@@ -18,10 +19,13 @@ mod coordinate;
 mod forward;
 mod initiate;
 mod parts;
+mod rest;
 mod sessions;
 
 pub(crate) use forward::forward;
-pub(crate) use parts::{Joining, Messages, PartRequest, prefer_this_thread};
+pub(crate) use parts::{
+    Joining, Messages, PartDownRequest, PartRequest, PartRestRequest, prefer_this_thread,
+};
 pub(crate) use sessions::Sessions;
 
 use diorama_topology::Environment;
