@@ -1,12 +1,15 @@
 //! The cluster, as this host's agent has it: its membership, the directory, and the way to other hosts' agents.
 //!
-//! Kept in the folder `cluster` of Diorama's home: this host's key and certificate, and [`Config`]. A host without that
-//! folder is alone, and nothing here runs.
+//! Kept in the folder `cluster` of Diorama's home: this host's key and certificate, and [`Config`]. A host without
+//! configuration is alone, and nothing here runs. `leave` is how a host gets out; `underlay` what carries its tunnels.
+
+mod leave;
+mod underlay;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -16,9 +19,10 @@ use diorama_api::{
 };
 use diorama_cluster::admission::{self, Admission, AdmissionError};
 use diorama_cluster::channel::{Lane, Peers};
-use diorama_cluster::directory::{DirectoryError, EtcdConfig, HostStatus, Options};
+use diorama_cluster::directory::{DirectoryError, EtcdConfig, Freshness, HostStatus, Options, View};
 use diorama_cluster::identity::tls::Tls;
-use diorama_cluster::identity::{Authority, Credentials, JoinToken};
+use diorama_cluster::identity::{Authority, AuthorityError, Credentials, JoinToken};
+use diorama_cluster::renewal::{self, Renewal};
 use diorama_cluster::{Directory, HostId};
 use diorama_topology::{EnvironmentName, HostName, LabelName, LabelValue};
 use http_body_util::BodyExt;
@@ -26,6 +30,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::Agent;
 use crate::problem::io_error;
+
+pub(crate) use underlay::{UNDERLAY_MTU, underlay_mtu};
 
 /// How long the directory may take to be there when something cannot go on without it.
 const DIRECTORY_LIMIT: Duration = Duration::from_secs(10);
@@ -44,6 +50,9 @@ pub(crate) struct Config {
     pub(crate) address: SocketAddr,
     pub(crate) labels: BTreeMap<LabelName, LabelValue>,
     pub(crate) etcd: EtcdConfig,
+    /// What the network between hosts carries, where the operator knows better than the interface, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) underlay_mtu: Option<u16>,
 }
 
 /// A cluster that this host is in.
@@ -57,6 +66,8 @@ pub(crate) struct Cluster {
     pub(crate) tls: Tls,
     pub(crate) admission: Option<Arc<Admission>>,
     runtime: tokio::runtime::Handle,
+    /// What runs for as long as this host is in the cluster.
+    tasks: Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
 
 /// What a host's announcement says beside what the cluster itself knows of.
@@ -64,6 +75,12 @@ pub(crate) struct Cluster {
 struct Announced {
     tunnel: SocketAddr,
     machines: usize,
+    /// What the network at its tunnels' end carries, in bytes.
+    #[serde(default)]
+    underlay_mtu: Option<u16>,
+    /// Until when its certificate is good.
+    #[serde(default)]
+    certificate_until: Option<jiff::Timestamp>,
 }
 
 impl Config {
@@ -86,11 +103,8 @@ impl Config {
 
     fn save(&self, folder: &Path) -> Result<(), ApiError> {
         let file = Self::file(folder);
-        let new = file.with_extension("new");
         let text = serde_json::to_vec_pretty(self).expect("a configuration has string keys");
-        std::fs::write(&new, text)
-            .and_then(|()| std::fs::rename(&new, &file))
-            .map_err(|error| io_error(&file, &error))
+        write_private(&file, &text).map_err(|error| io_error(&file, &error))
     }
 }
 
@@ -109,11 +123,19 @@ impl Cluster {
             .map_err(internal)?;
         let tls = Tls::new(&credentials, directory.members()).map_err(internal)?;
         let admission = match Authority::open(folder) {
+            Ok(authority) if authority.fingerprint() != credentials.cluster() => {
+                tracing::error!("the authority's file is another cluster's: it is not used");
+                None
+            }
             Ok(authority) => {
                 Some(Arc::new(Admission::new(authority, directory.clone(), config.etcd.clone())))
             }
             // Hosts that joined have none.
-            Err(_) => None,
+            Err(AuthorityError::Missing { .. }) => None,
+            Err(error) => {
+                tracing::error!(%error, "this host admits nobody");
+                None
+            }
         };
         Ok(Arc::new(Self {
             peers: Peers::new(tls.clone()),
@@ -124,6 +146,7 @@ impl Cluster {
             admission,
             config,
             runtime: tokio::runtime::Handle::current(),
+            tasks: Mutex::default(),
         }))
     }
 
@@ -143,6 +166,20 @@ impl Cluster {
         future: impl Future<Output = ()> + Send + 'static,
     ) -> tokio::task::JoinHandle<()> {
         self.runtime.spawn(future)
+    }
+
+    /// Does something for as long as this host is in the cluster.
+    fn keep(&self, task: tokio::task::JoinHandle<()>) {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).push(task);
+    }
+
+    /// A host's name by its id; when it is no member, the beginning of that.
+    pub(crate) fn name_of(&self, id: HostId) -> String {
+        let view = self.directory.view();
+        match view.members.get(id) {
+            Some(member) => member.name.to_string(),
+            None => format!("{:.8} (removed)", id.to_string()),
+        }
     }
 
     /// A host's id by its name.
@@ -166,13 +203,47 @@ impl Cluster {
         }))
     }
 
+    /// A host that was given the authority's file is an issuer from then on.
+    async fn say_issuer(&self) {
+        let view = self.directory.view();
+        let says = view.members.get(self.id).is_none_or(|member| member.issuer);
+        if says || self.admission.is_none() || !view.is_fresh() {
+            return;
+        }
+        match self.directory.change_member(self.id, |member| member.issuer = true).await {
+            Ok(()) => tracing::info!("this host admits others and renews certificates from now on"),
+            Err(error) => tracing::warn!(%error, "the cluster is not told yet that this host admits others"),
+        }
+    }
+
+    fn announced(&self, host: HostId) -> Option<Announced> {
+        let view = self.directory.view();
+        serde_json::from_value(view.hosts.get(&host)?.value.detail.clone()).ok()
+    }
+
     /// Where a host's tunnels end, as it says.
     pub(crate) fn tunnel(&self, host: HostId) -> Option<SocketAddr> {
+        Some(self.announced(host)?.tunnel)
+    }
+
+    /// What tunnels must fit between any two of the hosts that are there, also those that an environment may move to: the
+    /// least MTU, in bytes, and whether addresses are of IPv6.
+    pub(crate) fn underlay(&self) -> (u16, bool) {
+        let hosts: Vec<Announced> =
+            self.directory.view().hosts.keys().filter_map(|host| self.announced(*host)).collect();
+        let mtu = hosts.iter().map(|host| host.underlay_mtu.unwrap_or(UNDERLAY_MTU)).min();
+        (mtu.unwrap_or(UNDERLAY_MTU), hosts.iter().any(|host| host.tunnel.is_ipv6()))
+    }
+
+    /// What somebody who looks at environments should know first.
+    pub(crate) fn note(&self) -> Option<String> {
         let view = self.directory.view();
-        let status = view.hosts.get(&host)?;
-        serde_json::from_value::<Announced>(status.value.detail.clone())
-            .ok()
-            .map(|announced| announced.tunnel)
+        if let Freshness::Stale { since, reason } = &view.freshness {
+            return Some(format!(
+                "the cluster's directory cannot be reached since {since}, and what it holds is shown as it was then: {reason}"
+            ));
+        }
+        view.members.get(self.id).is_none().then(|| no_member(self).message)
     }
 
     /// Whether a host is known to be gone: it is no member any more, or its lease has ended.
@@ -188,14 +259,15 @@ impl Agent {
     }
 
     /// The cluster, on a host that is in one.
-    pub(crate) fn cluster(&self) -> Option<&Arc<Cluster>> {
-        self.cluster.get()
+    pub(crate) fn cluster(&self) -> Option<Arc<Cluster>> {
+        self.cluster.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The cluster, or an error that says how to get into one.
-    pub(crate) fn cluster_or_error(&self) -> Result<&Arc<Cluster>, ApiError> {
+    pub(crate) fn cluster_or_error(&self) -> Result<Arc<Cluster>, ApiError> {
         self.cluster().ok_or_else(|| {
-            ApiError::new(ErrorKind::WrongState, "this host is in no cluster")
+            let why = self.left_cluster().map_or_else(String::new, |left| format!(": {left}"));
+            ApiError::new(ErrorKind::WrongState, format!("this host is in no cluster{why}"))
                 .hint("`diorama host init` makes one, `diorama host join TOKEN` enters one")
         })
     }
@@ -203,13 +275,21 @@ impl Agent {
     /// Makes a cluster of this host.
     pub(crate) async fn init_host(self: &Arc<Self>, request: InitHostRequest) -> Result<HostInfo, ApiError> {
         let folder = self.cluster_folder();
+        let _changing = self.changing_cluster.lock().await;
         self.refuse_second_cluster()?;
         make_private(&folder)?;
+        self.forget_left_cluster()?;
         let name = host_name(&request.name)?;
         let config = Config {
             address: request.address,
             labels: labels(&request.labels)?,
-            etcd: EtcdConfig::at(request.etcd.iter().cloned()),
+            etcd: EtcdConfig {
+                endpoints: request.etcd,
+                user: request.etcd_user,
+                authority_pem: request.etcd_authority_pem,
+                identity_pem: request.etcd_identity_pem,
+            },
+            underlay_mtu: request.underlay_mtu,
         };
         self.check_wire(config.address)?;
         let options = Options { remembered: Some(folder.join("view.json")), ..Options::default() };
@@ -222,8 +302,10 @@ impl Agent {
     /// Enters the cluster of a token.
     pub(crate) async fn join_host(self: &Arc<Self>, request: JoinHostRequest) -> Result<HostInfo, ApiError> {
         let folder = self.cluster_folder();
+        let _changing = self.changing_cluster.lock().await;
         self.refuse_second_cluster()?;
         make_private(&folder)?;
+        self.forget_left_cluster()?;
         let name = host_name(&request.name)?;
         let token: JoinToken =
             request.token.parse().map_err(|error: diorama_cluster::identity::TokenError| {
@@ -233,7 +315,13 @@ impl Agent {
         self.check_wire(request.address)?;
         let (_, etcd) =
             admission::join(&folder, &token, name, vec![request.address]).await.map_err(admission_error)?;
-        self.enter_cluster(Config { address: request.address, labels: labels(&request.labels)?, etcd }).await
+        self.enter_cluster(Config {
+            address: request.address,
+            labels: labels(&request.labels)?,
+            etcd,
+            underlay_mtu: request.underlay_mtu,
+        })
+        .await
     }
 
     fn refuse_second_cluster(&self) -> Result<(), ApiError> {
@@ -242,10 +330,7 @@ impl Agent {
             ErrorKind::WrongState,
             format!("this host is in a cluster already, as `{}`", cluster.name),
         )
-        .hint(format!(
-            "`diorama host remove` on another host takes it out; then stop this agent and remove {}",
-            self.cluster_folder().display()
-        )))
+        .hint("`diorama host leave` takes it out"))
     }
 
     /// Whether tunnels could end here, before anything is written.
@@ -284,29 +369,19 @@ impl Agent {
             ApiError::new(ErrorKind::Io, format!("cannot listen for other hosts at {address}: {error}"))
         })?;
         self.open_wire(address)?;
-        let server = diorama_cluster::channel::Server::new(
-            cluster.tls.clone(),
-            cluster.admission.clone(),
-            crate::http::peer_router(Arc::clone(self)),
-        );
+        let mut router = crate::http::peer_router(Arc::clone(self));
+        if let Some(admission) = &cluster.admission {
+            router = router.merge(renewal::routes(Arc::clone(admission)));
+        }
+        let server =
+            diorama_cluster::channel::Server::new(cluster.tls.clone(), cluster.admission.clone(), router);
         // The agent's end ends it: machines run on, and the lease with them for a moment.
-        tokio::spawn(server.serve(listener, std::future::pending()));
-        let _ = self.cluster.set(cluster);
+        cluster.keep(tokio::spawn(server.serve(listener, std::future::pending())));
+        cluster.keep(tokio::spawn(keep_certificate(self.cluster_folder(), Arc::downgrade(&cluster))));
+        *self.cluster.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&cluster));
         self.keep_sessions()
             .map_err(|error| ApiError::new(ErrorKind::Io, format!("a thread cannot be started: {error}")))?;
-        let agent = Arc::downgrade(self);
-        tokio::spawn(async move {
-            let mut disowned = BTreeMap::new();
-            while let Some(agent) = agent.upgrade() {
-                agent.announce();
-                let looked = tokio::task::spawn_blocking(move || {
-                    agent.end_disowned(&mut disowned);
-                    disowned
-                });
-                disowned = looked.await.unwrap_or_default();
-                tokio::time::sleep(ANNOUNCE_INTERVAL).await;
-            }
-        });
+        tokio::spawn(look_after(Arc::downgrade(self), Arc::downgrade(&cluster)));
         Ok(())
     }
 
@@ -325,7 +400,14 @@ impl Agent {
     fn announce(&self) {
         let Some(cluster) = self.cluster() else { return };
         let free = crate::hardware::free_memory_bytes();
-        let announced = Announced { tunnel: cluster.config.address, machines: self.slots.running().len() };
+        let config = &cluster.config;
+        let credentials = Credentials::open(&self.cluster_folder()).ok().flatten();
+        let announced = Announced {
+            tunnel: config.address,
+            machines: self.slots.running().len(),
+            underlay_mtu: config.underlay_mtu.or_else(|| underlay_mtu(config.address.ip())),
+            certificate_until: credentials.map(|credentials| credentials.certificate().not_after),
+        };
         cluster.directory.announce(HostStatus {
             labels: cluster.config.labels.clone(),
             // Not each page that comes and goes.
@@ -340,13 +422,25 @@ impl Agent {
     fn end_disowned(&self, seen: &mut BTreeMap<EnvironmentName, u32>) {
         let Some(cluster) = self.cluster() else { return };
         let view = cluster.directory.view();
-        if !view.is_fresh() {
+        // A directory that has lost its data has no members: what it does not know is no reason to stop anything.
+        if !view.is_fresh() || view.members.get(cluster.id).is_none() {
             seen.clear();
             return;
         }
+        let mut fence = self.fence();
+        fence.retain(|name| view.environments.contains_key(name) || self.slots.contains(name));
+        fence.forget_beyond(view.revision);
+        drop(fence);
         let mut now = BTreeMap::new();
         for slot in self.slots.all() {
-            let spans = slot.state().record.as_ref().is_some_and(|record| record.span.is_some());
+            // What was launched after all that the directory knows is not unknown to it on purpose: it was restored from
+            // a backup.
+            let spans = slot
+                .state()
+                .record
+                .as_ref()
+                .and_then(|record| record.span.as_ref())
+                .is_some_and(|span| span.token.0 <= view.revision);
             let owned = view
                 .environments
                 .get(&slot.name)
@@ -373,6 +467,9 @@ impl Agent {
     pub(crate) fn hosts(&self) -> Result<Vec<HostInfo>, ApiError> {
         let cluster = self.cluster_or_error()?;
         let view = cluster.directory.view();
+        if view.is_fresh() && view.members.get(cluster.id).is_none() {
+            return Err(no_member(&cluster));
+        }
         let mut hosts: Vec<HostInfo> = view
             .members
             .iter()
@@ -399,6 +496,12 @@ impl Agent {
                     machines: u32::try_from(machines.filter(|host| **host == member.id).count())
                         .unwrap_or(u32::MAX),
                     version: status.map(|status| status.version.clone()).unwrap_or_default(),
+                    issuer: member.issuer,
+                    certificate_until: cluster
+                        .announced(member.id)
+                        .and_then(|announced| announced.certificate_until)
+                        .map(|until| until.to_string()),
+                    underlay_mtu: cluster.announced(member.id).and_then(|announced| announced.underlay_mtu),
                 }
             })
             .collect();
@@ -441,7 +544,14 @@ impl Agent {
     pub(crate) async fn remove_host(&self, name: &str, force: bool) -> Result<(), ApiError> {
         let cluster = self.cluster_or_error()?;
         let id = cluster.host_id(name)?;
+        if id == cluster.id {
+            return Err(ApiError::new(ErrorKind::WrongState, format!("`{name}` is this host itself"))
+                .hint("`diorama host leave` takes it out"));
+        }
         let view = cluster.directory.view();
+        if !force && is_only_issuer(&view, id) {
+            return Err(only_issuer(name));
+        }
         let used = view.environments.values().find(|record| record.value.hosts().contains(&id));
         if let (Some(record), false) = (used, force) {
             return Err(ApiError::new(
@@ -452,6 +562,90 @@ impl Agent {
         }
         cluster.directory.remove_member(id).await.map_err(directory_error)
     }
+}
+
+/// Looks every two seconds whether this host is still a member, says what it has, and stops what it is not to have.
+async fn look_after(agent: Weak<Agent>, cluster: Weak<Cluster>) {
+    let mut disowned = BTreeMap::new();
+    while let (Some(agent), Some(cluster)) = (agent.upgrade(), cluster.upgrade()) {
+        if !agent.cluster().is_some_and(|current| Arc::ptr_eq(&current, &cluster)) {
+            return;
+        }
+        if agent.leave_if_removed(&cluster).await {
+            return;
+        }
+        cluster.say_issuer().await;
+        agent.announce();
+        drop(cluster);
+        let looked = tokio::task::spawn_blocking(move || {
+            agent.end_disowned(&mut disowned);
+            disowned
+        });
+        disowned = looked.await.unwrap_or_default();
+        tokio::time::sleep(ANNOUNCE_INTERVAL).await;
+    }
+}
+
+/// Renews this host's certificate whenever it is due.
+async fn keep_certificate(folder: PathBuf, cluster: Weak<Cluster>) {
+    let Some(cluster) = cluster.upgrade() else { return };
+    let credentials = match Credentials::open(&folder) {
+        Ok(Some(credentials)) => credentials,
+        Ok(None) => return,
+        Err(error) => return tracing::error!(%error, "this host's certificate will not be renewed"),
+    };
+    let renewal = Renewal {
+        folder,
+        tls: cluster.tls.clone(),
+        peers: cluster.peers.clone(),
+        admission: cluster.admission.clone(),
+    };
+    drop(cluster);
+    renewal.run(credentials).await;
+}
+
+/// Whether nobody could be let in, and no certificate renewed, without that host.
+fn is_only_issuer(view: &View, id: HostId) -> bool {
+    let mut issuers = view.members.iter().filter(|member| member.issuer);
+    let others = view.members.iter().any(|member| member.id != id);
+    others && issuers.next().is_some_and(|first| first.id == id) && issuers.next().is_none()
+}
+
+fn only_issuer(name: &str) -> ApiError {
+    ApiError::new(
+        ErrorKind::WrongState,
+        format!("`{name}` is the only host that admits others and renews certificates"),
+    )
+    .hint("copy `cluster/authority.json` in its DIORAMA_HOME to another host, and start that one's agent again; `--force` does without")
+}
+
+/// The directory can be read, and this host is not in it.
+fn no_member(cluster: &Cluster) -> ApiError {
+    let message = match cluster.directory.view().removed.get(&cluster.id) {
+        Some(removed) => {
+            format!("this host was removed from its cluster at {}; it is leaving", removed.value.since)
+        }
+        None => "this host's cluster does not know it, and nobody has removed it".to_owned(),
+    };
+    ApiError::new(ErrorKind::WrongState, message).hint(
+        "has etcd lost its data, or was an old backup restored? Then restore a newer one. `diorama host leave --force` leaves",
+    )
+}
+
+/// Writes a file that only this user may read, whole or not at all.
+fn write_private(file: &Path, text: &[u8]) -> std::io::Result<()> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    let new = file.with_extension("new");
+    // One that a crash has left could be readable.
+    match std::fs::remove_file(&new) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut out = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+    out.write_all(text)?;
+    out.sync_data()?;
+    std::fs::rename(&new, file)
 }
 
 fn make_private(folder: &Path) -> Result<(), ApiError> {
@@ -526,7 +720,9 @@ fn admission_error(error: AdmissionError) -> ApiError {
         AdmissionError::Unreachable { .. } => {
             "is the host of the token up, and its address reachable from here?"
         }
-        _ => "is etcd up, and can this host reach it?",
+        _ => {
+            "is etcd up, can this host reach it, and does it take what `--etcd-user`, `--etcd-ca` and `--etcd-cert` say?"
+        }
     };
     ApiError::new(kind, error.to_string()).hint(hint)
 }

@@ -16,8 +16,8 @@ use axum::{Json, Router};
 use diorama_api::{
     ApiError, CreateSnapshotRequest, DownRequest, DrainHostRequest, Empty, ErrorBody, ErrorKind, Event,
     ExecRequest, ExportRequest, ExtractRequest, ForkRequest, ImportRequest, InitHostRequest, JoinHostRequest,
-    MachinesRequest, PruneRequest, RemoveHostRequest, RestoreRequest, StopAgentRequest, StoreCheckRequest,
-    StoreGcRequest, TokenRequest, TransferRequest, UpRequest, VerifyRequest,
+    LeaveHostRequest, MachinesRequest, PruneRequest, RemoveHostRequest, RestoreRequest, StopAgentRequest,
+    StoreCheckRequest, StoreGcRequest, TokenRequest, TransferRequest, UpRequest, VerifyRequest,
 };
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
@@ -26,7 +26,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::Agent;
 use crate::operation::{Notice, Operation};
-use crate::span::PartRequest;
+use crate::span::{PartDownRequest, PartRequest, PartRestRequest};
 
 type Shared = State<Arc<Agent>>;
 
@@ -70,6 +70,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/hosts/token", post(host_token))
         .route("/v1/hosts/drain", post(drain_host))
         .route("/v1/hosts/remove", post(remove_host))
+        .route("/v1/hosts/leave", post(leave_host))
         .fallback(|| async {
             failure(&ApiError::new(ErrorKind::Invalid, "the agent does not know this request").hint(
                 "the client and the agent may be of different versions: `diorama agent stop`, and try again",
@@ -89,6 +90,7 @@ pub(crate) fn peer_router(agent: Arc<Agent>) -> Router {
         .route("/v1/peer/parts", post(launch_part))
         .route("/v1/peer/environments/{name}", get(part_status))
         .route("/v1/peer/environments/{name}/down", post(part_down))
+        .route("/v1/peer/environments/{name}/rest", post(part_rest))
         .route("/v1/environments/{name}/snapshots", post(create_snapshot))
         .route(&format!("{machine}/exec"), post(exec))
         .route(&format!("{machine}/console"), get(console))
@@ -109,9 +111,17 @@ async fn part_status(State(agent): Shared, Path(name): Path<String>) -> Response
 async fn part_down(
     State(agent): Shared,
     Path(name): Path<String>,
-    Json(request): Json<DownRequest>,
+    Json(request): Json<PartDownRequest>,
 ) -> Response {
-    events(move |operation| agent.down_here(&name, request, operation))
+    events(move |operation| agent.stop_part(&name, &request, operation))
+}
+
+async fn part_rest(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<PartRestRequest>,
+) -> Response {
+    events(move |operation| agent.rest_part(&name, &request, operation))
 }
 
 async fn hosts(State(agent): Shared) -> Response {
@@ -136,6 +146,12 @@ async fn drain_host(State(agent): Shared, Json(request): Json<DrainHostRequest>)
 
 async fn remove_host(State(agent): Shared, Json(request): Json<RemoveHostRequest>) -> Response {
     document(agent.remove_host(&request.name, request.force).await.map(|()| Empty {}))
+}
+
+async fn leave_host(State(agent): Shared, Json(request): Json<LeaveHostRequest>) -> Response {
+    // To its end, also when nobody waits for it any more.
+    let left = tokio::spawn(async move { agent.leave_host(request.force).await });
+    document(left.await.unwrap_or_else(|_| Err(defect())))
 }
 
 async fn agent_info(State(agent): Shared) -> Response {

@@ -56,11 +56,14 @@ mod takeover;
 mod transfer;
 mod up;
 mod upkeep;
+mod user_files;
 
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use diorama_api::{AgentInfo, ApiError, Empty, ErrorKind, Folders, StopAgentRequest};
+use diorama_cluster::directory::{Fence, FencingToken};
 use diorama_store::{Location, OpenOptions, PublicKey, Store};
+use diorama_topology::EnvironmentName;
 use tokio::sync::Notify;
 
 pub use dataplane::switch_streams;
@@ -76,6 +79,7 @@ use hardware::Hardware;
 use ram_cache::RamCache;
 use slot::Slots;
 use span::{Clocks, Sessions};
+use user_files::UserFiles;
 
 /// Everything that requests work on.
 #[derive(Debug)]
@@ -88,12 +92,17 @@ pub(crate) struct Agent {
     trusted: Option<Vec<PublicKey>>,
     cache: RamCache,
     files: FileCache,
+    user_files: UserFiles,
     plane: DataPlane,
     slots: Slots,
     /// Told when the agent is to stop.
     stop: Notify,
     /// Other hosts, on a host that is in a cluster.
-    cluster: OnceLock<Arc<Cluster>>,
+    cluster: RwLock<Option<Arc<Cluster>>>,
+    /// Held while this host enters or leaves a cluster.
+    changing_cluster: tokio::sync::Mutex<()>,
+    /// The latest holders of environments' locks that have asked something of this host.
+    fence: Mutex<Fence>,
     sessions: Sessions,
     clocks: Clocks,
     /// For threads that outlive a request.
@@ -112,7 +121,9 @@ impl Agent {
             .map_err(|error| ApiError::new(ErrorKind::Io, format!("the data plane cannot start: {error}")))?;
         let agent = Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
-            cluster: OnceLock::new(),
+            cluster: RwLock::default(),
+            changing_cluster: tokio::sync::Mutex::default(),
+            fence: Mutex::default(),
             sessions: Sessions::default(),
             clocks: Clocks::default(),
             host: host_name(),
@@ -121,6 +132,7 @@ impl Agent {
             trusted,
             cache,
             files,
+            user_files: UserFiles::default(),
             plane,
             slots: Slots::default(),
             stop: Notify::new(),
@@ -140,7 +152,28 @@ impl Agent {
             pid: std::process::id(),
             host: self.host.clone(),
             environments: u32::try_from(self.slots.running().len()).unwrap_or(u32::MAX),
+            note: match self.cluster() {
+                Some(cluster) => cluster.note(),
+                None => self.left_cluster().map(|left| format!("this host is in no cluster: {left}")),
+            },
         }
+    }
+
+    /// This host's name: the cluster's for it, or the computer's.
+    pub(crate) fn host_name(&self) -> String {
+        self.cluster().map_or_else(|| self.host.clone(), |cluster| cluster.name.to_string())
+    }
+
+    pub(crate) fn fence(&self) -> MutexGuard<'_, Fence> {
+        self.fence.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets the holder of an environment's lock act here, unless a later one has been seen.
+    pub(crate) fn admit(&self, environment: &EnvironmentName, token: FencingToken) -> Result<(), ApiError> {
+        self.fence().admit(environment, token).map_err(|superseded| {
+            ApiError::new(ErrorKind::Busy, format!("environment `{environment}`: {superseded}"))
+                .hint("another host has taken it over meanwhile: `diorama status` shows how it is now")
+        })
     }
 
     /// Asks the agent to end.

@@ -22,8 +22,34 @@ use crate::up::socket_folder;
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 impl Agent {
-    /// Pauses machines; those that are paused already are as good.
+    /// Pauses machines, wherever they are; those that are paused already are as good.
     pub(crate) fn pause(
+        &self,
+        name: &str,
+        request: &MachinesRequest,
+        operation: &Operation,
+    ) -> Result<EnvironmentStatus, ApiError> {
+        match self.environment_record(name) {
+            Some(known) => self.rest_in_cluster(&known.value, request, true, operation),
+            None => self.pause_here(name, request, operation),
+        }
+    }
+
+    /// Lets paused machines run, wherever they are; those that run already are as good.
+    pub(crate) fn resume(
+        &self,
+        name: &str,
+        request: &MachinesRequest,
+        operation: &Operation,
+    ) -> Result<EnvironmentStatus, ApiError> {
+        match self.environment_record(name) {
+            Some(known) => self.rest_in_cluster(&known.value, request, false, operation),
+            None => self.resume_here(name, request, operation),
+        }
+    }
+
+    /// Pauses machines of this host.
+    pub(crate) fn pause_here(
         &self,
         name: &str,
         request: &MachinesRequest,
@@ -72,11 +98,11 @@ impl Agent {
             slot.state().record = Some(record);
         }
         drop(guard);
-        self.status(name)
+        self.status_here(name)
     }
 
-    /// Lets paused machines run; those that run already are as good.
-    pub(crate) fn resume(
+    /// Lets paused machines of this host run.
+    pub(crate) fn resume_here(
         &self,
         name: &str,
         request: &MachinesRequest,
@@ -112,7 +138,7 @@ impl Agent {
         record.save(&slot.folder(&self.folders))?;
         slot.state().record = Some(record);
         drop(guard);
-        self.status(name)
+        self.status_here(name)
     }
 }
 

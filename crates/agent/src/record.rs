@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use diorama_api::{ApiError, ErrorKind};
+use diorama_cluster::directory::FencingToken;
 use diorama_qemu::command_line::DiskFormat;
 use diorama_qemu::process::ProcessId;
 use diorama_store::SnapshotId;
@@ -59,6 +60,8 @@ pub(crate) struct SpanRecord {
     pub(crate) me: u32,
     /// The networks' numbers on the wire, in the order of the specification.
     pub(crate) vnis: Vec<u32>,
+    /// Of the lock under which it was launched.
+    pub(crate) token: FencingToken,
 }
 
 /// One host of an environment.

@@ -371,11 +371,41 @@ impl Agent {
             Ok(LayerRecord { file, node })
         };
         let disk = |disk: &diorama_store::DiskRecord| {
-            let base = disk.base.as_ref().map(check_base).transpose()?;
+            let base = disk.base.as_ref().map(|base| self.check_base(base)).transpose()?;
             let layers = disk.layers.iter().enumerate().map(layer).collect::<Result<_, ApiError>>()?;
             Ok(DiskRecord { name: disk.name.clone(), virtual_bytes: disk.virtual_bytes, base, layers })
         };
         saved.disks.iter().map(disk).collect()
+    }
+
+    /// A base is not stored: it must be where it was, and as it was; by its time, or else by its hash.
+    pub(crate) fn check_base(&self, base: &diorama_store::BaseRecord) -> Result<BaseRecord, ApiError> {
+        let path = base.path.display();
+        let host = self.cluster().map_or_else(String::new, |cluster| format!("host {}: ", cluster.name));
+        let metadata = std::fs::metadata(&base.path).map_err(|error| {
+            ApiError::new(ErrorKind::NotFound, format!("{host}the disk image {path} is not there: {error}"))
+                .hint("the snapshot needs the image that its disk was made of; put it back")
+        })?;
+        let is_same = metadata.len() == base.bytes
+            && (crate::snapshot::modified(&metadata) == base.modified
+                || match &base.blake3 {
+                    Some(hash) => self.user_files.look(&base.path, &Operation::unattended())?.blake3 == *hash,
+                    None => false,
+                });
+        if !is_same {
+            let message =
+                format!("{host}the disk image {path} is not what it was when the snapshot was taken");
+            let hint = match base.blake3 {
+                Some(_) => "put the image there as it was",
+                None => "put the image back as it was (with its time: `cp -p`)",
+            };
+            return Err(ApiError::new(ErrorKind::Corrupt, message).hint(hint));
+        }
+        let format = match base.format {
+            LayerFormat::Raw => FormatRecord::Raw,
+            LayerFormat::Qcow2 => FormatRecord::Qcow2,
+        };
+        Ok(BaseRecord { path: base.path.clone(), format })
     }
 
     /// Puts what the switch knew and the frames in flight into the launched segment.
@@ -541,29 +571,6 @@ fn resting(stored: &Stored) -> BTreeMap<String, Rest> {
             Some((machine.name.clone(), rest))
         })
         .collect()
-}
-
-/// A base is not stored: it must be where it was, and as it was.
-pub(crate) fn check_base(base: &diorama_store::BaseRecord) -> Result<BaseRecord, ApiError> {
-    let metadata = std::fs::metadata(&base.path).map_err(|error| {
-        ApiError::new(
-            ErrorKind::NotFound,
-            format!("the disk image {} is not there: {error}", base.path.display()),
-        )
-        .hint("the snapshot needs the image that its disk was made of; put it back")
-    })?;
-    if metadata.len() != base.bytes || crate::snapshot::modified(&metadata) != base.modified {
-        return Err(ApiError::new(
-            ErrorKind::Corrupt,
-            format!("the disk image {} has changed since the snapshot was taken", base.path.display()),
-        )
-        .hint("put the image back as it was (with its time: `cp -p`)"));
-    }
-    let format = match base.format {
-        LayerFormat::Raw => FormatRecord::Raw,
-        LayerFormat::Qcow2 => FormatRecord::Qcow2,
-    };
-    Ok(BaseRecord { path: base.path.clone(), format })
 }
 
 pub(crate) fn before(elapsed_us: u64) -> Instant {

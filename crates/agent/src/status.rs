@@ -24,10 +24,16 @@ const ANSWER_LIMIT: Duration = Duration::from_millis(500);
 impl Agent {
     /// Every environment.
     pub(crate) fn statuses(&self) -> Result<Vec<EnvironmentStatus>, ApiError> {
+        let is_part = |slot: &Slot| slot.state().record.as_ref().is_some_and(|record| record.span.is_some());
+        let mut statuses = Vec::new();
+        let mut slots = self.slots.all();
         if self.cluster().is_some() {
-            return self.statuses_in_cluster();
+            statuses = self.statuses_in_cluster()?;
+            // Also what this host had before it joined.
+            slots.retain(|slot| !is_part(slot) && self.environment_record(slot.name.as_str()).is_none());
         }
-        Ok(self.slots.all().iter().filter_map(|slot| self.slot_status(slot)).collect())
+        statuses.extend(slots.iter().filter_map(|slot| self.slot_status(slot)));
+        Ok(statuses)
     }
 
     /// One environment, wherever it is.
@@ -74,7 +80,7 @@ impl Agent {
             operation: Some(operation.to_owned()),
             machines: Vec::new(),
             networks: Vec::new(),
-            hosts: vec![self.host.clone()],
+            hosts: vec![self.host_name()],
         })
     }
 
@@ -113,7 +119,7 @@ impl Agent {
                 let (state, reason) = states.get(index).cloned().unwrap_or((MachineState::Shutdown, None));
                 MachineStatus {
                     name: spec.name.to_string(),
-                    host: self.host.clone(),
+                    host: self.host_name(),
                     pid: up.filter(|_| state != MachineState::Dead).map(|machine| machine.process.pid),
                     state,
                     reason,
@@ -156,7 +162,7 @@ impl Agent {
                 })
                 .collect(),
             machines,
-            hosts: vec![self.host.clone()],
+            hosts: vec![self.host_name()],
         })
     }
 }

@@ -135,6 +135,9 @@ impl Agent {
             let mut running =
                 Running { segment, networks, peers: Vec::new(), part: None, machines: Vec::new() };
             if let Some(span) = &record.span {
+                if let Err(error) = self.admit(&slot.name, span.token) {
+                    tracing::error!(environment = %slot.name, %error, "a part of an earlier launch");
+                }
                 slot.state().record = Some(record.clone());
                 let joining = Joining { slot, span, doubt: record.doubt };
                 match self.join_hosts(segment, &running.networks, joining) {

@@ -28,10 +28,11 @@ use crate::{
     AgentInfo, ApiError, ArrivalReport, CreateSnapshotRequest, DiffReport, DownReport, DownRequest,
     DrainHostRequest, Empty, EnvironmentStatus, ErrorBody, ErrorKind, Event, ExecReport, ExecRequest,
     ExportReport, ExportRequest, ExtractReport, ExtractRequest, Folders, ForkReport, ForkRequest, HostInfo,
-    ImportRequest, InitHostRequest, JoinHostRequest, MachinesRequest, Progress, PruneReport, PruneRequest,
-    RemoveHostRequest, RemoveReport, RestoreReport, RestoreRequest, SnapshotList, SnapshotReport,
-    StopAgentRequest, StoreCheckReport, StoreCheckRequest, StoreGcReport, StoreGcRequest, StoreStats,
-    TokenReply, TokenRequest, TransferReport, TransferRequest, UpRequest, VerifyReport, VerifyRequest,
+    ImportRequest, InitHostRequest, JoinHostRequest, LeaveHostReport, LeaveHostRequest, MachinesRequest,
+    Progress, PruneReport, PruneRequest, RemoveHostRequest, RemoveReport, RestoreReport, RestoreRequest,
+    SnapshotList, SnapshotReport, StopAgentRequest, StoreCheckReport, StoreCheckRequest, StoreGcReport,
+    StoreGcRequest, StoreStats, TokenReply, TokenRequest, TransferReport, TransferRequest, UpRequest,
+    VerifyReport, VerifyRequest,
 };
 
 /// The largest answer, and the longest line of an event stream, that the client takes: an `exec` report may
@@ -423,6 +424,14 @@ impl Client {
     /// When it has machines and `force` is not set, among others.
     pub async fn remove_host(&self, request: &RemoveHostRequest) -> Result<Empty, ClientError> {
         self.post("/v1/hosts/remove", request).await
+    }
+
+    /// Takes this host out of its cluster.
+    ///
+    /// # Errors
+    /// When it has machines and `force` is not set, among others.
+    pub async fn leave_host(&self, request: &LeaveHostRequest) -> Result<LeaveHostReport, ClientError> {
+        self.post("/v1/hosts/leave", request).await
     }
 
     /// All snapshots.

@@ -33,6 +33,7 @@
 //! | `POST /v1/hosts/token` | [`TokenRequest`] | [`TokenReply`] |
 //! | `POST /v1/hosts/drain` | [`DrainHostRequest`] | [`HostInfo`] |
 //! | `POST /v1/hosts/remove` | [`RemoveHostRequest`] | [`Empty`] |
+//! | `POST /v1/hosts/leave` | [`LeaveHostRequest`] | [`LeaveHostReport`] |
 //! | `GET /v1/store` | | [`StoreStats`] |
 //! | `POST /v1/store/check` | [`StoreCheckRequest`] | events, [`StoreCheckReport`] |
 //! | `POST /v1/store/gc` | [`StoreGcRequest`] | events, [`StoreGcReport`] |

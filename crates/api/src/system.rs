@@ -13,6 +13,9 @@ pub struct AgentInfo {
     pub host: String,
     /// How many environments run.
     pub environments: u32,
+    /// What the user should know of this host's cluster: that it was left, or cannot be reached.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// Stop the agent.

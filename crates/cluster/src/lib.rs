@@ -2,8 +2,7 @@
 //!
 //! - [`identity`]: the cluster's authority, hosts' keys and certificates, join tokens, TLS.
 //! - [`admission`]: founding a cluster, joining it.
-//! - [`directory`]: what the cluster agrees on, in etcd (or a file, for one host): members, hosts, environments, locks,
-//!   snapshots.
+//! - [`directory`]: what the cluster agrees on, in etcd (or a file, for one host): members, hosts, environments, locks.
 //! - [`placement`]: which machine runs on which host. Pure.
 //! - [`channel`]: HTTP over mutual TLS among members.
 //! - [`renewal`]: new certificates before the old ones end.

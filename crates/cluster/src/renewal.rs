@@ -1,8 +1,9 @@
 //! Renewing certificates before they end.
 //!
 //! A host asks an issuer for a new certificate for its old key, over the connection that its present one opens. When less
-//! than a third of a certificate's time is left (a month), it is due; an attempt that fails is made again within hours.
-//! A host whose certificate has ended all the same joins again.
+//! than a third of a certificate's time is left (a month), it is due; an attempt that fails is made again after a hundredth of
+//! what is left, and within the hour. A host whose certificate has ended all the same joins again. One that was given the
+//! authority's file gets a certificate at once that says so: hosts that join show their token to no other.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,6 +25,8 @@ use crate::identity::{Certificate, Credentials, CredentialsError};
 
 /// How often is looked whether the certificate is due.
 const CHECK_INTERVAL: Duration = Duration::from_secs(60 * 60);
+/// How soon an attempt that failed is made again, at least.
+const LEAST_PAUSE: Duration = Duration::from_secs(2);
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 const ANSWER_BYTES_MAX: usize = 64 << 10;
 const PATH: &str = "/v1/cluster/renew";
@@ -77,7 +80,9 @@ impl Renewal {
     /// Renews the certificate whenever it is due. Never ends.
     pub async fn run(&self, mut credentials: Credentials) {
         loop {
-            if credentials.renewal_is_due(SystemTime::now()) {
+            let mut pause = CHECK_INTERVAL;
+            let becomes_issuer = self.admission.is_some() && !credentials.is_issuer();
+            if credentials.renewal_is_due(SystemTime::now()) || becomes_issuer {
                 match self.renew(&credentials).await {
                     Ok(renewed) => {
                         tracing::info!(until = %renewed.certificate().not_after, "this host's certificate is renewed");
@@ -86,10 +91,13 @@ impl Renewal {
                     Err(error) => {
                         let until = credentials.certificate().not_after;
                         tracing::warn!(%error, %until, "this host's certificate is due and was not renewed");
+                        let left = until.duration_since(jiff::Timestamp::now());
+                        let left = Duration::try_from(left).unwrap_or_default();
+                        pause = (left / 100).clamp(LEAST_PAUSE, CHECK_INTERVAL);
                     }
                 }
             }
-            tokio::time::sleep(CHECK_INTERVAL).await;
+            tokio::time::sleep(pause).await;
         }
     }
 

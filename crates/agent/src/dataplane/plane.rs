@@ -238,6 +238,15 @@ impl Plane {
         Ok(address)
     }
 
+    /// Closes the tunnels' socket: this host leaves the others. No environment spans hosts any more.
+    pub(crate) fn close_wire(&mut self) {
+        let Some(wire) = self.wire.take() else { return };
+        if let Err(error) = self.epoll.delete(wire.fd()) {
+            tracing::error!(%error, "the tunnels' socket is not watched any more, or never was");
+        }
+        self.wire_watched_writable = false;
+    }
+
     /// Says how an environment spans hosts. False when another environment of this host has one of its numbers, or there is
     /// no tunnels' socket.
     pub(crate) fn span(&mut self, id: SegmentId, span: Span) -> bool {

@@ -18,7 +18,6 @@ use nix::unistd::{Whence, lseek};
 use super::Work;
 use super::layers::{CLUSTER_BYTES, Mapped, image_error, map};
 use crate::problem::io_error;
-use crate::restore::check_base;
 use crate::transfer::{NewFile, attended_error};
 
 /// A layer's cluster, and where it goes, in clusters of the file that is written.
@@ -58,7 +57,7 @@ impl Work<'_> {
         let flatten = self.copies_images();
         let base = disk.base.as_ref();
         if let Some(base) = base {
-            match check_base(base) {
+            match self.agent.check_base(base) {
                 Ok(_) => {}
                 Err(error) if flatten => return Err(error),
                 // What is written is right all the same, as soon as the image is back.

@@ -319,7 +319,7 @@ impl Job<'_> {
         };
         Ok(MachineRecord {
             name: machine.name.clone(),
-            host: self.agent.host.clone(),
+            host: self.agent.host_name(),
             state: diorama_store::MachineState::Running,
             pause_us: 0,
             stall_us: 0,
@@ -377,24 +377,29 @@ impl Job<'_> {
         Ok(DiskRecord {
             name: disk.name.clone(),
             layers,
-            base: disk.base.as_ref().map(stored_base).transpose()?,
+            base: disk.base.as_ref().map(|base| self.stored_base(base)).transpose()?,
             virtual_bytes: disk.virtual_bytes,
         })
     }
-}
 
-fn stored_base(base: &record::BaseRecord) -> Result<BaseRecord, ApiError> {
-    let metadata = std::fs::metadata(&base.path).map_err(|error| io_error(&base.path, &error))?;
-    Ok(BaseRecord {
-        path: base.path.clone(),
-        format: match base.format {
-            FormatRecord::Raw => LayerFormat::Raw,
-            FormatRecord::Qcow2 => LayerFormat::Qcow2,
-        },
-        bytes: metadata.len(),
-        modified: modified(&metadata),
-        blake3: None,
-    })
+    fn stored_base(&self, base: &record::BaseRecord) -> Result<BaseRecord, ApiError> {
+        let metadata = std::fs::metadata(&base.path).map_err(|error| io_error(&base.path, &error))?;
+        // On another host it has another time, and is known by its hash. It was read when the machine was started.
+        let looked = match self.agent.cluster() {
+            Some(_) => Some(self.agent.user_files.look(&base.path, &Operation::unattended())?),
+            None => None,
+        };
+        Ok(BaseRecord {
+            path: base.path.clone(),
+            format: match base.format {
+                FormatRecord::Raw => LayerFormat::Raw,
+                FormatRecord::Qcow2 => LayerFormat::Qcow2,
+            },
+            bytes: metadata.len(),
+            modified: modified(&metadata),
+            blake3: looked.map(|file| file.blake3),
+        })
+    }
 }
 
 /// When a file was last written, as manifests say it.

@@ -23,23 +23,32 @@ use diorama_store::SnapshotId;
 use diorama_topology::{Environment, EnvironmentName, MachineName};
 use diorama_tunnel::{Ip, Protection, guest_mtu};
 
-use super::parts::{GoRequest, PartReport, PartRequest, READY_STEP};
+use super::parts::{GoRequest, PartDownRequest, PartReport, PartRequest, READY_STEP};
 use crate::Agent;
 use crate::cluster::{Cluster, MACHINE_OVERHEAD_BYTES, directory_error};
 use crate::operation::Operation;
 use crate::record::{SpanHost, SpanRecord};
 use crate::restore::MAX_FORKS;
+use crate::user_files::UserFile;
 
 /// How long parts may take to stand ready.
 const READY_LIMIT: Duration = Duration::from_secs(300);
 /// How often a wait for parts looks up.
 const READY_POLL: Duration = Duration::from_millis(20);
-/// What hosts' networks carry at least: Ethernet's MTU, in bytes.
-const UNDERLAY_MTU: u16 = 1500;
 /// How often numbers on the wire are drawn anew when a host has one already.
 const LAUNCH_ATTEMPTS: usize = 3;
 
 type Placed = BTreeMap<MachineName, HostId>;
+
+/// What machines begin with.
+struct Origin {
+    /// That of all ports, at least.
+    epoch: u32,
+    /// A snapshot; none to boot.
+    from: Option<String>,
+    /// What they boot from.
+    files: Vec<UserFile>,
+}
 
 impl Agent {
     /// The directory's record of an environment.
@@ -76,24 +85,36 @@ impl Agent {
         let lock = cluster.wait(cluster.directory.lock(&name, "up")).map_err(directory_error)?;
         let as_written = specification.clone();
         let before = known.as_ref().map(|known| known.value.placement.clone()).unwrap_or_default();
-        let placed = place(cluster, &specification, &before)?;
-        let specification = fit(specification, &placed, operation)?;
+        let placed = place(&cluster, &specification, &before)?;
+        let specification = fit(&cluster, specification, &placed, operation)?;
+        let files = self.user_files.look_at_all(&specification, operation)?;
+        if let Some(known) = &known {
+            let before: Vec<UserFile> =
+                serde_json::from_value(known.value.detail["files"].clone()).unwrap_or_default();
+            crate::user_files::check_kept(&specification, &before, &files)?;
+        }
         let record = EnvironmentRecord {
             specification: specification.clone(),
             placement: placed.clone(),
             owner: cluster.id,
             generation: known.as_ref().map_or(1, |known| known.value.generation + 1),
-            detail: serde_json::json!({ "as_written": as_written }),
+            detail: serde_json::json!({ "as_written": as_written, "files": &files }),
         };
         let based_on = known.as_ref().map(|known| known.revision);
         let revision = cluster
             .wait(cluster.directory.put_environment(&record, based_on, &lock))
             .map_err(directory_error)?;
-        if let Err(error) = self.launch_parts(&specification, &placed, (0, None), &lock, operation) {
+        if let Err(error) = self.launch_parts(
+            &specification,
+            &placed,
+            &Origin { epoch: 0, from: None, files },
+            &lock,
+            operation,
+        ) {
             self.put_back(known.as_ref(), &name, revision, &lock);
             return Err(error);
         }
-        release(cluster, lock);
+        release(&cluster, lock);
         self.status_in_cluster(&record)
     }
 
@@ -116,7 +137,7 @@ impl Agent {
         };
         let hosts: Vec<HostId> = known.value.hosts().into_iter().collect();
         let mut failure = None;
-        for (host, result) in self.down_parts(&hosts, &name, request) {
+        for (host, result) in self.down_parts(&hosts, &name, request, &lock) {
             match result {
                 Ok(part) => {
                     report.machines_stopped += part.machines_stopped;
@@ -140,7 +161,7 @@ impl Agent {
             let removed = cluster.directory.remove_environment(&name, known.revision, &lock);
             cluster.wait(removed).map_err(directory_error)?;
         }
-        release(cluster, lock);
+        release(&cluster, lock);
         Ok(report)
     }
 
@@ -149,13 +170,16 @@ impl Agent {
         hosts: &[HostId],
         name: &EnvironmentName,
         request: DownRequest,
+        lock: &InitiatorLock,
     ) -> Vec<(HostId, Result<DownReport, ApiError>)> {
         let Ok(cluster) = self.cluster_or_error() else { return Vec::new() };
+        let request = PartDownRequest { down: request, token: lock.token() };
         let path = format!("/v1/peer/environments/{name}/down");
         cluster.wait(async {
             let mut asked = tokio::task::JoinSet::new();
             for host in hosts {
                 let (client, path, host) = (cluster.client(*host), path.clone(), *host);
+                let request = request.clone();
                 asked.spawn(async move {
                     let result = client.operate(&path, &request, |_| {}).await.map_err(ApiError::from);
                     (host, result)
@@ -194,7 +218,7 @@ impl Agent {
             }
             asked.join_all().await.into_iter().collect()
         });
-        Ok(merge(cluster, record, &parts))
+        Ok(merge(&cluster, record, &parts))
     }
 
     /// Takes an environment back to a snapshot, on the hosts that it has or on others.
@@ -213,8 +237,8 @@ impl Agent {
         let known = self.environment_record(name.as_str());
         let before: Placed = known.as_ref().map(|known| known.value.placement.clone()).unwrap_or_default();
         operation.step("placing machines");
-        let placed = place(cluster, &specification, &before)?;
-        let specification = fit(specification, &placed, operation)?;
+        let placed = place(&cluster, &specification, &before)?;
+        let specification = fit(&cluster, specification, &placed, operation)?;
         // No host's ports may go back: the highest epoch that anybody knows is where all begin.
         let epoch = match &known {
             Some(known) => self.status_in_cluster(&known.value)?.epoch,
@@ -235,8 +259,9 @@ impl Agent {
         let revision = cluster
             .wait(cluster.directory.put_environment(&record, based_on, &lock))
             .map_err(directory_error)?;
-        let from = (epoch, Some(id.to_string()));
-        let launched = self.launch_parts(&specification, &placed, from, &lock, operation);
+        // Kernels and initrds are in the snapshot, and images in it by their hashes.
+        let origin = Origin { epoch, from: Some(id.to_string()), files: Vec::new() };
+        let launched = self.launch_parts(&specification, &placed, &origin, &lock, operation);
         let reports = match launched {
             Ok(reports) => reports,
             Err(error) => {
@@ -250,14 +275,15 @@ impl Agent {
             .flat_map(|known| known.value.hosts())
             .filter(|host| !record.hosts().contains(host) && cluster.directory.view().is_alive(*host))
             .collect();
-        for (host, result) in self.down_parts(&left, &name, DownRequest { volumes: true }) {
+        for (host, result) in self.down_parts(&left, &name, DownRequest { volumes: true }, &lock) {
             if let Err(error) = result
                 && error.kind != ErrorKind::NotFound
             {
+                let host = cluster.name_of(host);
                 operation.warn(format!("host {host} did not stop its old part: {error}"));
             }
         }
-        release(cluster, lock);
+        release(&cluster, lock);
         let elapsed = started.elapsed();
         Ok(RestoreReport {
             environment: name.to_string(),
@@ -364,13 +390,13 @@ impl Agent {
         &self,
         specification: &Environment,
         placed: &Placed,
-        (epoch, from): (u32, Option<String>),
+        origin: &Origin,
         lock: &InitiatorLock,
         operation: &Operation,
     ) -> Result<Vec<PartReport>, ApiError> {
         let mut attempt = 1;
         loop {
-            match self.try_launch_parts(specification, placed, (epoch, from.clone()), lock, operation) {
+            match self.try_launch_parts(specification, placed, origin, lock, operation) {
                 Err(error) if error.kind == ErrorKind::Busy && attempt < LAUNCH_ATTEMPTS => attempt += 1,
                 result => return result,
             }
@@ -381,12 +407,12 @@ impl Agent {
         &self,
         specification: &Environment,
         placed: &Placed,
-        (epoch, from): (u32, Option<String>),
+        origin: &Origin,
         lock: &InitiatorLock,
         operation: &Operation,
     ) -> Result<Vec<PartReport>, ApiError> {
         let cluster = self.cluster_or_error()?;
-        let (ids, hosts) = span_hosts(cluster, specification, placed)?;
+        let (ids, hosts) = span_hosts(&cluster, specification, placed)?;
         let span = SpanRecord {
             id: u64::from_ne_bytes(crate::launch::random_bytes()),
             whole: specification.clone(),
@@ -397,14 +423,20 @@ impl Agent {
                 .iter()
                 .map(|_| u32::from_ne_bytes(crate::launch::random_bytes()) & 0xff_ffff)
                 .collect(),
+            token: lock.token(),
         };
         operation.step("starting machines");
         let (sender, events) = channel();
         let mut tasks = Vec::new();
         for (number, id) in (0_u32..).zip(&ids) {
             let client = cluster.client(*id);
-            let request =
-                PartRequest { span: SpanRecord { me: number, ..span.clone() }, epoch, from: from.clone() };
+            let request = PartRequest {
+                span: SpanRecord { me: number, ..span.clone() },
+                epoch: origin.epoch,
+                from: origin.from.clone(),
+                files: origin.files.clone(),
+                asked_by: cluster.name.to_string(),
+            };
             let sender = sender.clone();
             tasks.push(cluster.start(async move {
                 let ready = sender.clone();
@@ -434,7 +466,7 @@ impl Agent {
                     if ready == ids.len() {
                         // Somebody else may be at it, if this host was cut off meanwhile.
                         lock.check().map_err(|lost| directory_error(lost.into()))?;
-                        self.let_go(cluster, &ids, span.id)?;
+                        self.let_go(&cluster, &ids, &span)?;
                     }
                 }
                 Ok(Event::Warning(message)) => operation.warn(message),
@@ -454,8 +486,9 @@ impl Agent {
         Ok(reports)
     }
 
-    fn let_go(&self, cluster: &Cluster, hosts: &[HostId], span: u64) -> Result<(), ApiError> {
-        let body = serde_json::to_vec(&GoRequest { span }).unwrap_or_default();
+    fn let_go(&self, cluster: &Cluster, hosts: &[HostId], span: &SpanRecord) -> Result<(), ApiError> {
+        let request = GoRequest { environment: span.whole.name.clone(), span: span.id, token: span.token };
+        let body = serde_json::to_vec(&request).unwrap_or_default();
         let results: Vec<_> = cluster.wait(async {
             let mut asked = tokio::task::JoinSet::new();
             for host in hosts {
@@ -489,7 +522,7 @@ impl Drop for AbortOnDrop {
     }
 }
 
-fn release(cluster: &Cluster, lock: InitiatorLock) {
+pub(super) fn release(cluster: &Cluster, lock: InitiatorLock) {
     if let Err(error) = cluster.wait(lock.release()) {
         tracing::warn!(%error, "a lock is given back later");
     }
@@ -551,12 +584,17 @@ fn span_hosts(
 
 /// Networks that span hosts get an MTU whose frames fit a packet between hosts.
 fn fit(
+    cluster: &Cluster,
     mut specification: Environment,
     placed: &Placed,
     operation: &Operation,
 ) -> Result<Environment, ApiError> {
-    let fits = guest_mtu(UNDERLAY_MTU, Ip::V4, Protection::Sealed)
-        .map_err(|error| ApiError::new(ErrorKind::Unsupported, error.to_string()))?;
+    let (underlay, is_ipv6) = cluster.underlay();
+    let ip = if is_ipv6 { Ip::V6 } else { Ip::V4 };
+    let fits = guest_mtu(underlay, ip, Protection::Sealed).map_err(|error| {
+        ApiError::new(ErrorKind::Unsupported, error.to_string())
+            .hint("`diorama host list --json` shows each host's `underlay_mtu`")
+    })?;
     for network in &mut specification.networks {
         let mut hosts: Vec<HostId> = specification
             .machines
@@ -583,9 +621,7 @@ fn merge(
     record: &EnvironmentRecord,
     parts: &BTreeMap<HostId, Result<EnvironmentStatus, ClientError>>,
 ) -> EnvironmentStatus {
-    let view = cluster.directory.view();
-    let host_name =
-        |id: HostId| view.members.get(id).map_or_else(|| id.to_string(), |member| member.name.to_string());
+    let host_name = |id: HostId| cluster.name_of(id);
     let answered: Vec<&EnvironmentStatus> = parts.values().filter_map(|part| part.as_ref().ok()).collect();
     let first = answered.first();
     let machines: Vec<MachineStatus> = record

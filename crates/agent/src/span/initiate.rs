@@ -51,7 +51,7 @@ impl Agent {
         let (inbox, inputs) = channel();
         let attempt = SnapshotId(crate::launch::random_bytes());
         let _receiving = part.receive_as_initiator(attempt, inbox);
-        let post = self.post_for(&slot.name, &span);
+        let post = self.post_for(&slot.name, &span, Some(lock.token()));
         let participants: Vec<ParticipantId> = (0..).map(ParticipantId).take(span.hosts.len()).collect();
         let mut initiator = Initiator::new(Epoch(record.epoch));
         let mut outputs = initiator
@@ -141,15 +141,12 @@ impl Agent {
                         }
                     }
                     // Another host may act on the environment from now on, and this one could write no manifest.
-                    if let Err(lost) = lock.check()
-                        && !cancelled
-                    {
+                    let lost = lock.check().err();
+                    if (operation.is_cancelled() || lost.is_some()) && !cancelled {
                         cancelled = true;
-                        failure.get_or_insert(ApiError::new(ErrorKind::CutFailed, lost.to_string()));
-                        outputs.extend(initiator.handle(Input::Cancel, started.elapsed()));
-                    }
-                    if operation.is_cancelled() && !cancelled {
-                        cancelled = true;
+                        if let Some(lost) = lost {
+                            failure.get_or_insert(ApiError::new(ErrorKind::CutFailed, lost.to_string()));
+                        }
                         outputs.extend(initiator.handle(Input::Cancel, started.elapsed()));
                     }
                     outputs.extend(initiator.handle(Input::Tick, started.elapsed()));
@@ -226,7 +223,7 @@ impl Agent {
         let Some(span) = record.span.clone() else { return };
         let mut initiator = Initiator::new(Epoch(record.epoch));
         drop(state);
-        let post = self.post_for(&slot.name, &span);
+        let post = self.post_for(&slot.name, &span, None);
         let mut outputs = initiator.handle(input, Duration::ZERO);
         while let Some(output) = outputs.pop() {
             match output {

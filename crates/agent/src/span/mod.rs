@@ -9,6 +9,7 @@
 //! | `coordinate` | the whole: up, down, status, restore |
 //! | `forward` | requests that another host answers |
 //! | `initiate` | the whole's snapshots: the initiator of the protocol |
+//! | `rest` | pausing and resuming the whole |
 //! | `sessions` | the tunnels' keys |
 //! | `clocks` | how other hosts' clocks stand to this one's |
 //! | `urgent` | threads that a cut waits for |
@@ -21,12 +22,15 @@ mod coordinate;
 mod forward;
 mod initiate;
 mod parts;
+mod rest;
 mod sessions;
 mod urgent;
 
 pub(crate) use clocks::Clocks;
 pub(crate) use forward::forward;
-pub(crate) use parts::{CUT_NICE, Joining, Messages, PartRequest, prefer_this_thread};
+pub(crate) use parts::{
+    CUT_NICE, Joining, Messages, PartDownRequest, PartRequest, PartRestRequest, prefer_this_thread,
+};
 pub(crate) use sessions::Sessions;
 pub(crate) use urgent::{Poised, Urgent};
 

@@ -5,8 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
-use diorama_api::{ApiError, Empty, ErrorKind, MachineReady};
+use diorama_api::{
+    ApiError, DownReport, DownRequest, Empty, EnvironmentStatus, ErrorKind, MachineReady, MachinesRequest,
+};
 use diorama_cluster::channel::{MessageHandler, Peer, PeerError, Refusal};
+use diorama_cluster::directory::FencingToken;
 use diorama_cut::message::Body;
 use diorama_cut::participant::Input;
 use diorama_cut::{CutId, Epoch, Message, ParticipantId, SnapshotId, initiator};
@@ -25,6 +28,7 @@ use crate::operation::Operation;
 use crate::record::{Doubt, Phase, SpanRecord};
 use crate::slot::Slot;
 use crate::snapshot::{PartWorker, Post, wall_clock_us};
+use crate::user_files::UserFile;
 
 /// What may wait for the tunnel to one host, in bytes.
 const PEER_QUEUE_BYTES: usize = 4 << 20;
@@ -48,6 +52,10 @@ pub(crate) struct PartRequest {
     pub(crate) epoch: u32,
     /// The snapshot to restore; none to boot.
     pub(crate) from: Option<String>,
+    /// The files of the user's that machines are to be booted from, as the asking host has them.
+    pub(crate) files: Vec<UserFile>,
+    /// That host.
+    pub(crate) asked_by: String,
 }
 
 /// A part that runs.
@@ -61,7 +69,25 @@ pub(crate) struct PartReport {
 /// Let the parts of this number run.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct GoRequest {
+    pub(super) environment: EnvironmentName,
     pub(super) span: u64,
+    /// Of the lock under which this is asked; so in all requests about parts.
+    pub(super) token: FencingToken,
+}
+
+/// Stop a part.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct PartDownRequest {
+    pub(crate) down: DownRequest,
+    pub(crate) token: FencingToken,
+}
+
+/// Pause or resume machines of a part.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct PartRestRequest {
+    pub(crate) machines: MachinesRequest,
+    pub(crate) paused: bool,
+    pub(crate) token: FencingToken,
 }
 
 /// A message of the snapshot protocol.
@@ -71,6 +97,8 @@ struct CutEnvelope {
     span: u64,
     from: u32,
     message: Message,
+    /// Of the initiator's lock; with what begins a cut.
+    token: Option<FencingToken>,
 }
 
 /// Answers a message of the snapshot protocol.
@@ -111,6 +139,7 @@ impl Agent {
     ) -> Result<PartReport, ApiError> {
         let started = Instant::now();
         let name = &request.span.whole.name;
+        self.admit(name, request.span.token)?;
         let Some(id) = &request.from else {
             let (slot, _guard) = self.slots.enter_or_insert(name, "starting", operation)?;
             let kept = slot.state().record.clone();
@@ -120,6 +149,17 @@ impl Agent {
                     format!("an environment `{name}` runs already"),
                 )
                 .hint("stop it with `diorama down`, or start this one under another name with `--name`"));
+            }
+            let cluster = self.cluster_or_error()?;
+            let checked = self.user_files.check(
+                &request.span.part().machines,
+                &request.files,
+                (cluster.name.as_str(), &request.asked_by),
+                operation,
+            );
+            if let Err(error) = checked {
+                self.forget_generation(&slot, kept.as_ref());
+                return Err(error);
             }
             let result = self.start(&slot, request.span.part(), Some(request), kept.as_ref(), operation);
             if let Err(error) = result {
@@ -144,6 +184,31 @@ impl Agent {
             loaded.and_then(|loaded| self.revive(&slot, &stored, &loaded, Some(request), started, operation));
         let report = self.clean_up(&slot, result, guard)?;
         Ok(PartReport { machines: report.machines, in_flight_replayed: report.in_flight_replayed })
+    }
+
+    /// Stops this host's part, for the holder of the environment's lock.
+    pub(crate) fn stop_part(
+        &self,
+        name: &str,
+        request: &PartDownRequest,
+        operation: &Operation,
+    ) -> Result<DownReport, ApiError> {
+        self.admit(&environment_name(name)?, request.token)?;
+        self.down_here(name, request.down, operation)
+    }
+
+    /// Pauses or resumes machines of this host's part, for the holder of the environment's lock.
+    pub(crate) fn rest_part(
+        &self,
+        name: &str,
+        request: &PartRestRequest,
+        operation: &Operation,
+    ) -> Result<EnvironmentStatus, ApiError> {
+        self.admit(&environment_name(name)?, request.token)?;
+        match request.paused {
+            true => self.pause_here(name, &request.machines, operation),
+            false => self.resume_here(name, &request.machines, operation),
+        }
     }
 
     /// Waits until every host stands ready and this one is told to go on.
@@ -185,7 +250,7 @@ impl Agent {
             let cut = CutId { snapshot: SnapshotId(doubt.attempt), epoch: Epoch(doubt.epoch) };
             (cut, ParticipantId(doubt.initiator))
         });
-        let post = self.post_for(&slot.name, span);
+        let post = self.post_for(&slot.name, span, None);
         let worker = PartWorker::start(&agent, slot, me, doubt, post)
             .map_err(|error| ApiError::new(ErrorKind::Io, format!("a thread cannot be started: {error}")))?;
         let colours = worker.clone();
@@ -248,8 +313,13 @@ impl Agent {
         Ok((peers, worker))
     }
 
-    /// Sends messages of an environment's cuts to its hosts.
-    pub(super) fn post_for(&self, environment: &EnvironmentName, span: &SpanRecord) -> Post {
+    /// Sends messages of an environment's cuts to its hosts; an initiator's with the token of its lock.
+    pub(super) fn post_for(
+        &self,
+        environment: &EnvironmentName,
+        span: &SpanRecord,
+        token: Option<FencingToken>,
+    ) -> Post {
         let agent = self.me.clone();
         let environment = environment.clone();
         let hosts: Vec<String> = span.hosts.iter().map(|host| host.name.clone()).collect();
@@ -257,14 +327,20 @@ impl Agent {
         Arc::new(move |to: ParticipantId, message: Message| {
             let Some(agent) = agent.upgrade() else { return };
             if to.0 == me {
-                agent.deliver(&environment, span, me, message);
+                agent.deliver(CutEnvelope {
+                    environment: environment.clone(),
+                    span,
+                    from: me,
+                    message,
+                    token,
+                });
                 return;
             }
-            let (Some(cluster), Some(host)) = (agent.cluster().cloned(), hosts.get(to.0 as usize)) else {
+            let (Some(cluster), Some(host)) = (agent.cluster(), hosts.get(to.0 as usize)) else {
                 return;
             };
             let Ok(id) = cluster.host_id(host) else { return };
-            let envelope = CutEnvelope { environment: environment.clone(), span, from: me, message };
+            let envelope = CutEnvelope { environment: environment.clone(), span, from: me, message, token };
             let Ok(body) = serde_json::to_vec(&envelope) else { return };
             cluster.spawn({
                 let (peers, host) = (cluster.peers.clone(), host.clone());
@@ -286,7 +362,16 @@ impl Agent {
     }
 
     /// Hands a message to whom it is for: the participant, or the initiator.
-    fn deliver(&self, environment: &EnvironmentName, span: u64, from: u32, message: Message) {
+    fn deliver(&self, envelope: CutEnvelope) {
+        let CutEnvelope { environment, span, from, message, token } = envelope;
+        // What follows upon it is told apart by its cut, and the outcome is the manifest's alone: it may come late.
+        if matches!(message.body, Body::Prepare(_)) {
+            let admitted = token.map(|token| self.admit(&environment, token));
+            if !matches!(admitted, Some(Ok(()))) {
+                tracing::warn!(%environment, from, "a cut is not begun: its initiator does not hold the lock any more");
+                return;
+            }
+        }
         let Ok(slot) = self.slots.get(environment.as_str()) else { return };
         let state = slot.state();
         let Some(worker) = state.running.as_ref().and_then(|running| running.part.clone()) else { return };
@@ -330,11 +415,12 @@ impl Agent {
             "cut" => {
                 let envelope: CutEnvelope = parse(body)?;
                 self.check_sender(&envelope, name)?;
-                self.deliver(&envelope.environment, envelope.span, envelope.from, envelope.message);
+                self.deliver(envelope);
                 encode(&CutAnswer { now_us: wall_clock_us() })
             }
             "go" => {
                 let request: GoRequest = parse(body)?;
+                self.admit(&request.environment, request.token)?;
                 self.sessions.go(request.span);
                 encode(&Empty {})
             }
@@ -419,6 +505,12 @@ pub(crate) fn prefer_this_thread() {
 /// An error's class, in the word that documents have for it.
 fn word(kind: ErrorKind) -> String {
     serde_json::to_value(kind).ok().and_then(|word| word.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+fn environment_name(text: &str) -> Result<EnvironmentName, ApiError> {
+    text.parse().map_err(|error| {
+        ApiError::new(ErrorKind::Invalid, format!("`{text}` cannot be an environment's name: {error}"))
+    })
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {

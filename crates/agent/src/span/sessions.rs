@@ -8,6 +8,7 @@
 //! Keys travel between agents over mutual TLS, and nowhere else.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,8 @@ pub(crate) struct Sessions {
     spans: Mutex<BTreeMap<u64, Spanned>>,
     /// Told when a part may run.
     told: Condvar,
+    /// Whether a thread looks after them.
+    kept: AtomicBool,
 }
 
 /// One such environment.
@@ -172,8 +175,11 @@ impl Sessions {
 }
 
 impl Agent {
-    /// Looks after all sessions for as long as the agent lives.
+    /// Looks after all sessions from now on, for as long as the agent lives.
     pub(crate) fn keep_sessions(self: &Arc<Self>) -> std::io::Result<()> {
+        if self.sessions.kept.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
         let agent = Arc::downgrade(self);
         std::thread::Builder::new().name("sessions".into()).spawn(move || {
             while let Some(agent) = agent.upgrade() {

@@ -2,18 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use comfy_table::{Cell, Color};
 use diorama_api::{
-    DrainHostRequest, HostInfo, HostState, InitHostRequest, JoinHostRequest, RemoveHostRequest, TokenRequest,
+    DrainHostRequest, ErrorKind, HostInfo, HostState, InitHostRequest, JoinHostRequest, LeaveHostRequest,
+    RemoveHostRequest, TokenRequest,
 };
 use serde::Serialize;
 
 use crate::failure::Failure;
 use crate::output::{Output, lines, printable};
-use crate::quantity::bytes;
+use crate::quantity::{bytes, count};
 use crate::session::Session;
 
 /// Join hosts to a cluster, whose environments span them
@@ -28,7 +30,8 @@ Examples:
   diorama host join TOKEN --address 10.0.0.2:7447   on another
   diorama host list
   diorama host drain node2      no new machines; `diorama restore` moves those it has
-  diorama host remove node2
+  diorama host remove node2     from any other; it stops what it has, and leaves
+  diorama host leave            on the host itself
 
 Between hosts, the address's port must be open: TCP for agents, UDP for tunnels.")]
 pub enum Command {
@@ -38,10 +41,21 @@ pub enum Command {
     List(ListArguments),
     Drain(DrainArguments),
     Remove(RemoveArguments),
+    Leave(LeaveArguments),
 }
 
 /// Make a cluster, of which this host is the first
+///
+/// How etcd is reached is handed on to the hosts that join, certificate, key and password included.
 #[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  diorama host init --address 10.0.0.1:7447 --etcd http://10.0.0.9:2379
+  diorama host init --address 10.0.0.1:7447 --etcd https://etcd1:2379 --etcd https://etcd2:2379 \\
+      --etcd-ca ca.pem --etcd-cert client.pem --etcd-key client.key \\
+      --etcd-user diorama --etcd-password-file password
+
+In etcd, the user needs to read and write keys that begin with /diorama/v1/.")]
 pub struct InitArguments {
     #[command(flatten)]
     host: HostArguments,
@@ -49,6 +63,26 @@ pub struct InitArguments {
     /// Where etcd is; may be given several times
     #[arg(long, value_name = "URL", required = true)]
     etcd: Vec<String>,
+
+    /// The certificate of the authority that etcd's own certificate is by (PEM); for https
+    #[arg(long, value_name = "FILE")]
+    etcd_ca: Option<PathBuf>,
+
+    /// The certificate to show to etcd (PEM)
+    #[arg(long, value_name = "FILE", requires = "etcd_key", requires = "etcd_ca")]
+    etcd_cert: Option<PathBuf>,
+
+    /// The certificate's key (PEM)
+    #[arg(long, value_name = "FILE", requires = "etcd_cert")]
+    etcd_key: Option<PathBuf>,
+
+    /// The user to name to etcd; its password is in DIORAMA_ETCD_PASSWORD, or in a file
+    #[arg(long, value_name = "NAME")]
+    etcd_user: Option<String>,
+
+    /// The file with the user's password
+    #[arg(long, value_name = "FILE", requires = "etcd_user")]
+    etcd_password_file: Option<PathBuf>,
 }
 
 /// Enter the cluster of a token
@@ -75,6 +109,10 @@ struct HostArguments {
     /// A label that machines can ask for; may be given several times
     #[arg(long, value_name = "NAME=VALUE", value_parser = label)]
     label: Vec<(String, String)>,
+
+    /// The longest packet that the network between hosts carries, in bytes [default: the MTU of the address's interface]
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(670..))]
+    underlay_mtu: Option<u16>,
 }
 
 /// Print a token with which hosts join
@@ -112,7 +150,18 @@ pub struct RemoveArguments {
     #[arg(value_name = "HOST", value_parser = crate::arguments::not_empty)]
     name: String,
 
-    /// Although it has machines
+    /// Although it has machines, or nobody else can admit hosts
+    #[arg(long)]
+    force: bool,
+}
+
+/// Take this host out of its cluster
+///
+/// It stops what it has of the cluster's environments, and forgets its key and certificate. `diorama host join` with a new
+/// token lets it in again.
+#[derive(Debug, Args)]
+pub struct LeaveArguments {
+    /// Although it has machines (they are stopped, their disks removed), nobody else can admit hosts, or etcd cannot be reached
     #[arg(long)]
     force: bool,
 }
@@ -130,9 +179,8 @@ pub async fn run(command: Command, session: &Session<'_>) -> Result<u8, Failure>
     let client = session.client();
     let output = session.output();
     match command {
-        Command::Init(InitArguments { host, etcd }) => {
-            let name = host.name()?;
-            let request = InitHostRequest { name, address: host.address, etcd, labels: host.labels() };
+        Command::Init(arguments) => {
+            let request = arguments.request()?;
             let info = client.init_host(&request).await?;
             output.result(&info, || {
                 format!(
@@ -143,7 +191,13 @@ pub async fn run(command: Command, session: &Session<'_>) -> Result<u8, Failure>
         }
         Command::Join(JoinArguments { token, host }) => {
             let name = host.name()?;
-            let request = JoinHostRequest { token, name, address: host.address, labels: host.labels() };
+            let request = JoinHostRequest {
+                token,
+                name,
+                address: host.address,
+                labels: host.labels(),
+                underlay_mtu: host.underlay_mtu,
+            };
             let info = client.join_host(&request).await?;
             output.result(&info, || format!("{} is in the cluster\n", printable(&info.name)))?;
         }
@@ -167,9 +221,90 @@ pub async fn run(command: Command, session: &Session<'_>) -> Result<u8, Failure>
             output
                 .result(&done, || format!("{} is not in the cluster any more\n", printable(&request.name)))?;
         }
+        Command::Leave(LeaveArguments { force }) => {
+            let report = client.leave_host(&LeaveHostRequest { force }).await?;
+            if !report.told {
+                output.warn(&format!(
+                    "the cluster does not know of it: `diorama host remove {}` on another host tells it",
+                    report.name
+                ));
+            }
+            output.result(&report, || {
+                let machines = match report.machines_stopped {
+                    0 => String::new(),
+                    number => format!("; {} stopped", count(u64::from(number), "machine")),
+                };
+                format!("{} has left its cluster{machines}\n", printable(&report.name))
+            })?;
+        }
     }
     Ok(0)
 }
+
+impl InitArguments {
+    fn request(self) -> Result<InitHostRequest, Failure> {
+        let pem = |path: &PathBuf| {
+            std::fs::read_to_string(path).map_err(|error| {
+                let message = format!("{}: {error}", path.display());
+                usage(message, "`--etcd-ca`, `--etcd-cert` and `--etcd-key` name PEM files")
+            })
+        };
+        let is_https = |url: &String| url.starts_with("https://");
+        if self.etcd.iter().any(is_https) && self.etcd_ca.is_none() {
+            return Err(usage(
+                "etcd is at https, and nothing says whose certificate it shows".to_owned(),
+                "give the authority's certificate with `--etcd-ca FILE`",
+            ));
+        }
+        if self.etcd_ca.is_some() && !self.etcd.iter().all(is_https) {
+            return Err(usage(
+                "there are certificates for etcd, and an address without TLS".to_owned(),
+                "write all of etcd's addresses as https://...",
+            ));
+        }
+        let etcd_user = match self.etcd_user {
+            Some(user) => Some((user, password(self.etcd_password_file.as_deref())?)),
+            None => None,
+        };
+        let etcd_identity_pem = match (&self.etcd_cert, &self.etcd_key) {
+            (Some(certificate), Some(key)) => Some((pem(certificate)?, pem(key)?)),
+            _ => None,
+        };
+        Ok(InitHostRequest {
+            name: self.host.name()?,
+            address: self.host.address,
+            etcd_authority_pem: self.etcd_ca.as_ref().map(pem).transpose()?,
+            etcd: self.etcd,
+            etcd_user,
+            etcd_identity_pem,
+            labels: self.host.labels(),
+            underlay_mtu: self.host.underlay_mtu,
+        })
+    }
+}
+
+/// A password from a file, or the environment: what is on a command line, others can see.
+fn password(file: Option<&Path>) -> Result<String, Failure> {
+    let text = match file {
+        Some(file) => std::fs::read_to_string(file)
+            .map_err(|error| usage(format!("{}: {error}", file.display()), PASSWORD_HINT))?,
+        None => std::env::var(PASSWORD_VARIABLE)
+            .map_err(|_| usage("there is no password for etcd's user".to_owned(), PASSWORD_HINT))?,
+    };
+    let password = text.strip_suffix('\n').unwrap_or(&text);
+    if password.is_empty() {
+        return Err(usage("the password for etcd's user is empty".to_owned(), PASSWORD_HINT));
+    }
+    Ok(password.to_owned())
+}
+
+/// A command line that is wrong.
+fn usage(message: String, hint: &str) -> Failure {
+    Failure::new(ErrorKind::Invalid, message, hint)
+}
+
+const PASSWORD_VARIABLE: &str = "DIORAMA_ETCD_PASSWORD";
+const PASSWORD_HINT: &str = "put it into DIORAMA_ETCD_PASSWORD, or name a file with `--etcd-password-file`";
 
 impl HostArguments {
     fn name(&self) -> Result<String, Failure> {

@@ -42,6 +42,9 @@ pub async fn run(_arguments: Arguments, session: &Session<'_>) -> Result<u8, Fai
         Some(name) => vec![session.client().environment(name.as_ref()).await?],
         None => session.client().environments().await?,
     };
+    if let Some(note) = session.client().agent().await?.note {
+        session.output().warn(&note);
+    }
     let document = Document { environments };
     session.output().result(&document, || {
         if document.environments.is_empty() {

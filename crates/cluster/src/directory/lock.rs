@@ -224,6 +224,12 @@ impl Fence {
         }
     }
 
+    /// Forgets tokens that the directory, at this revision, has not given: it was restored from a backup, and gives them
+    /// again from there.
+    pub fn forget_beyond(&mut self, revision: Revision) {
+        self.0.retain(|_, token| token.0 <= revision);
+    }
+
     /// Forgets environments that are gone. Tokens grow over all environments, so that one of the same name has greater ones.
     pub fn retain(&mut self, there: impl Fn(&EnvironmentName) -> bool) {
         self.0.retain(|environment, _| there(environment));
@@ -246,5 +252,10 @@ mod tests {
         assert_eq!(fence.admit(&b, FencingToken(5)), Ok(()), "each environment by itself");
         fence.retain(|name| *name != a);
         assert_eq!(fence.admit(&a, FencingToken(5)), Ok(()));
+        assert_eq!(fence.admit(&a, FencingToken(9)), Ok(()));
+        fence.forget_beyond(9);
+        assert_eq!(fence.admit(&a, FencingToken(5)), Err(superseded));
+        fence.forget_beyond(8);
+        assert_eq!(fence.admit(&a, FencingToken(5)), Ok(()), "the directory has gone back before it");
     }
 }

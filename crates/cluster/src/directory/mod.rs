@@ -30,8 +30,7 @@ pub use backend::Revision;
 pub use etcd::EtcdConfig;
 pub use lock::{Fence, FencingToken, InitiatorLock, LockLost, Superseded};
 pub use record::{
-    EnvironmentRecord, HostStatus, LockRecord, MAX_RECORD_BYTES, Revised, SnapshotPart, SnapshotRecord,
-    TokenRecord,
+    EnvironmentRecord, HostStatus, LockRecord, MAX_RECORD_BYTES, RemovedRecord, Revised, TokenRecord,
 };
 pub use view::{Freshness, View};
 
@@ -304,7 +303,11 @@ impl Directory {
     ) -> Result<(), DirectoryError> {
         let (key, name) = (format!("members/{}", member.id), format!("names/{}", member.name));
         let mut guards = vec![Guard::Absent(key.clone()), Guard::Absent(name.clone())];
-        let mut changes = vec![put(&key, "the member", member)?, put(&name, "the name", &member.id)?];
+        let mut changes = vec![
+            put(&key, "the member", member)?,
+            put(&name, "the name", &member.id)?,
+            Change::Delete { key: format!("removed/{}", member.id) },
+        ];
         if let Some((id, revision, record)) = token {
             let key = format!("tokens/{id}");
             changes.push(put(&key, "the token", record)?);
@@ -344,20 +347,27 @@ impl Directory {
         Err(DirectoryError::Conflict { what: what() })
     }
 
-    /// Takes a host out of the cluster. All others refuse it as soon as they see that. Its environments and snapshots stay
-    /// in the directory, for others to take over.
+    /// Takes a host out of the cluster. All others refuse it as soon as they see that, and it finds out itself
+    /// ([`View::removed`]). Its environments stay in the directory, for others to take over.
     pub async fn remove_member(&self, host: HostId) -> Result<(), DirectoryError> {
         let view = self.view();
         let what = format!("host {host}");
         let member = view.members.get(host).ok_or(DirectoryError::Missing { what: what.clone() })?;
         let (key, name) = (format!("members/{host}"), format!("names/{}", member.name));
         let guards = [Guard::Value(name.clone(), json(&host))];
+        let removed = RemovedRecord { name: member.name.clone(), since: jiff::Timestamp::now() };
         let changes = [
             Change::Delete { key },
             Change::Delete { key: name },
             Change::Delete { key: format!("hosts/{host}") },
+            put(&format!("removed/{host}"), "the removal", &removed)?,
         ];
         if self.commit(&guards, &changes).await? { Ok(()) } else { Err(DirectoryError::Conflict { what }) }
+    }
+
+    /// A host that was removed has heard of it.
+    pub async fn forget_removed(&self, host: HostId) -> Result<(), DirectoryError> {
+        self.commit(&[], &[Change::Delete { key: format!("removed/{host}") }]).await.map(drop)
     }
 
     /// Writes an environment. `based_on` is the revision of the record that this one replaces; `None` makes a new one. The
@@ -406,23 +416,6 @@ impl Directory {
         // Either the lock or the record: the view has seen all that made it fail.
         lock.check()?;
         Err(refused(what, based_on))
-    }
-
-    /// Writes a snapshot into the catalogue: a new one, or another version of the one that is there.
-    pub async fn put_snapshot(
-        &self,
-        record: &SnapshotRecord,
-        based_on: Option<Revision>,
-    ) -> Result<Revision, DirectoryError> {
-        let what = format!("the snapshot {}", record.id);
-        let change = put(&format!("snapshots/{}", record.id), &what, record)?;
-        self.write(&what, based_on, change).await
-    }
-
-    /// Takes a snapshot out of the catalogue.
-    pub async fn remove_snapshot(&self, id: &str, based_on: Revision) -> Result<Revision, DirectoryError> {
-        let change = Change::Delete { key: format!("snapshots/{id}") };
-        self.write(&format!("the snapshot {id}"), Some(based_on), change).await
     }
 
     pub(crate) async fn put_token(&self, id: &str, record: &TokenRecord) -> Result<(), DirectoryError> {

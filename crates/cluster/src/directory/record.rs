@@ -1,20 +1,21 @@
-//! What the directory holds, as JSON under keys: members, hosts, environments, locks, snapshots, tokens.
+//! What the directory holds, as JSON under keys: members, hosts, environments, locks, tokens. (Not snapshots: those that
+//! are in the hosts' store are those that there are, and a second list could only differ from it.)
 //!
 //! | key | value | written by |
 //! | --- | --- | --- |
 //! | `members/ID` | [`Member`](crate::Member) | the issuer that admitted it |
 //! | `names/NAME` | the member's id: keeps names unique | the same, at once |
+//! | `removed/ID` | [`RemovedRecord`] | who takes a member out; until it has heard of it |
 //! | `hosts/ID` | [`HostStatus`], under the host's lease | the host |
 //! | `environments/NAME` | [`EnvironmentRecord`] | its owner |
 //! | `locks/NAME` | [`LockRecord`], under the holder's lease | who holds it |
-//! | `snapshots/ID` | [`SnapshotRecord`] | the snapshot's initiator |
 //! | `tokens/ID` | [`TokenRecord`] | issuers |
 //!
 //! Unknown fields are passed over when read, so that an older version reads what a newer one has written.
 
 use std::collections::BTreeMap;
 
-use diorama_topology::{Environment, EnvironmentName, LabelName, LabelValue, MachineName};
+use diorama_topology::{Environment, EnvironmentName, HostName, LabelName, LabelValue, MachineName};
 use serde::{Deserialize, Serialize};
 
 use super::backend::Revision;
@@ -88,36 +89,14 @@ pub struct LockRecord {
     pub since: jiff::Timestamp,
 }
 
-/// A snapshot that is there, and where its parts are.
+/// A host that was taken out of the cluster, for it to find. That it is not among the members would not do: a directory that
+/// has lost its data has no members either.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotRecord {
-    /// Its id: the hash of its manifest.
-    pub id: String,
-    /// Its name.
-    pub name: String,
-    /// The environment that it was taken of.
-    pub environment: EnvironmentName,
-    /// The snapshot that the environment came from.
-    #[serde(default)]
-    pub parent: Option<String>,
-    /// When it was taken.
-    pub created: jiff::Timestamp,
-    /// Which host's store has what.
-    pub parts: BTreeMap<HostId, SnapshotPart>,
-    /// What else agents agree on of it.
-    #[serde(default)]
-    pub detail: serde_json::Value,
-}
-
-/// What one host's store has of a snapshot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotPart {
-    /// Whose memory and disks.
-    pub machines: Vec<MachineName>,
-    /// The id of the part in that host's store.
-    pub id: String,
-    /// How much it is, in bytes.
-    pub bytes: u64,
+pub struct RemovedRecord {
+    /// Its name while it was a member.
+    pub name: HostName,
+    /// When it was removed, by the clock of who did it. For people.
+    pub since: jiff::Timestamp,
 }
 
 /// A join token, without its secret.

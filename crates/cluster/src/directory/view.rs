@@ -7,7 +7,7 @@ use diorama_topology::EnvironmentName;
 use serde::de::DeserializeOwned;
 
 use super::backend::{Entry, Revision};
-use super::record::{EnvironmentRecord, HostStatus, LockRecord, Revised, SnapshotRecord, TokenRecord};
+use super::record::{EnvironmentRecord, HostStatus, LockRecord, RemovedRecord, Revised, TokenRecord};
 use crate::identity::{HostId, Member, Members};
 
 /// Whether a view is up to date.
@@ -42,8 +42,8 @@ pub struct View {
     pub environments: BTreeMap<EnvironmentName, Revised<Arc<EnvironmentRecord>>>,
     /// The locks that are held. The revision is the fencing token.
     pub locks: BTreeMap<EnvironmentName, Revised<Arc<LockRecord>>>,
-    /// The snapshots, by id.
-    pub snapshots: BTreeMap<String, Revised<Arc<SnapshotRecord>>>,
+    /// Hosts that were taken out and have not heard of it.
+    pub removed: BTreeMap<HostId, Revised<Arc<RemovedRecord>>>,
     /// The join tokens, by id.
     pub tokens: BTreeMap<String, Revised<Arc<TokenRecord>>>,
     /// Keys whose values this version cannot read.
@@ -63,7 +63,7 @@ impl View {
             hosts: BTreeMap::new(),
             environments: BTreeMap::new(),
             locks: BTreeMap::new(),
-            snapshots: BTreeMap::new(),
+            removed: BTreeMap::new(),
             tokens: BTreeMap::new(),
             unreadable: Vec::new(),
         }
@@ -137,8 +137,8 @@ impl View {
             "locks" => {
                 self.locks.insert(name.parse().ok()?, revised(entry, entry.create_revision)?);
             }
-            "snapshots" => {
-                self.snapshots.insert(name.to_owned(), revised(entry, entry.mod_revision)?);
+            "removed" => {
+                self.removed.insert(name.parse().ok()?, revised(entry, entry.mod_revision)?);
             }
             "tokens" => {
                 self.tokens.insert(name.to_owned(), revised(entry, entry.mod_revision)?);
@@ -170,8 +170,10 @@ impl View {
             "locks" => {
                 self.locks.remove(name);
             }
-            "snapshots" => {
-                self.snapshots.remove(name);
+            "removed" => {
+                if let Ok(id) = name.parse() {
+                    self.removed.remove(&id);
+                }
             }
             "tokens" => {
                 self.tokens.remove(name);

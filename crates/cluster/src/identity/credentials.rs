@@ -207,6 +207,11 @@ impl Credentials {
         Fingerprint::of(&self.stored.certificate.authority)
     }
 
+    /// Whether the certificate says that this host speaks for the authority.
+    pub fn is_issuer(&self) -> bool {
+        tls::names_issuer(&CertificateDer::from(self.stored.certificate.der.as_slice()))
+    }
+
     /// Whether the certificate should be renewed: less than a third of its time is left.
     pub fn renewal_is_due(&self, now: SystemTime) -> bool {
         let certificate = &self.stored.certificate;
@@ -259,7 +264,7 @@ mod tests {
         store(good.clone()).unwrap();
         let read = Credentials::open(&here).unwrap().unwrap();
         assert_eq!((read.host_id(), read.certificate(), read.name()), (key.host_id(), &good, &name));
-        assert!(!read.renewal_is_due(now));
+        assert!(!read.renewal_is_due(now) && !read.is_issuer());
         assert!(read.renewal_is_due(now + Duration::from_secs(65 * 24 * 60 * 60)));
         assert!(read.renewal_is_due(now + 2 * super::super::CERTIFICATE_LIFETIME));
         Credentials::forget(&here).unwrap();

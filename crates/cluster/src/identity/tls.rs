@@ -188,6 +188,12 @@ pub(crate) fn public_key(certificate: &CertificateDer<'_>) -> Option<PublicKey> 
     PublicKey::from_spki(&certificate.subject_public_key_info())
 }
 
+/// Whether a certificate is for an issuer.
+pub(crate) fn names_issuer(certificate: &CertificateDer<'_>) -> bool {
+    webpki::EndEntityCert::try_from(certificate)
+        .is_ok_and(|certificate| certificate.verify_is_valid_for_subject_name(&issuer_name()).is_ok())
+}
+
 /// Whether the authority gave this certificate, it is good now, and is for this name.
 pub(crate) fn check_issued(
     leaf: &CertificateDer<'_>,

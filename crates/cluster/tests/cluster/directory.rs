@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use diorama_cluster::Directory;
 use diorama_cluster::directory::{
-    DirectoryError, EtcdConfig, Freshness, MAX_RECORD_BYTES, Options, SnapshotRecord,
+    DirectoryError, EnvironmentRecord, EtcdConfig, Freshness, MAX_RECORD_BYTES, Options, Revision,
 };
 
 use crate::etcd::Etcd;
@@ -14,16 +14,12 @@ fn open(etcd: &Etcd, number: u8) -> Directory {
     Directory::etcd(&etcd.config(), CLUSTER, host(number), options()).unwrap()
 }
 
-fn snapshot(id: &str) -> SnapshotRecord {
-    SnapshotRecord {
-        id: id.to_owned(),
-        name: "first".into(),
-        environment: name("pair"),
-        parent: None,
-        created: "2026-01-01T00:00:00Z".parse().unwrap(),
-        parts: [].into(),
-        detail: serde_json::Value::Null,
-    }
+/// Writes something new, as whoever starts an environment does.
+async fn put(directory: &Directory, id: &str) -> Result<Revision, DirectoryError> {
+    let lock = directory.lock(&name(id), "up").await?;
+    let put = directory.put_environment(&environment(id, 1), None, &lock).await;
+    lock.release().await?;
+    put
 }
 
 #[tokio::test]
@@ -70,9 +66,16 @@ async fn hosts_see_each_other_come_and_go() {
     shows(&one, "it knows", |view| view.members.is_empty()).await;
     // It may say what it wants: it is not there any more.
     one.announce(status(7));
-    two.put_snapshot(&snapshot("s"), None).await.unwrap();
-    shows(&one, "something later", |view| !view.snapshots.is_empty()).await;
+    put(&two, "s").await.unwrap();
+    shows(&one, "something later", |view| !view.environments.is_empty()).await;
     assert!(!one.view().hosts.contains_key(&host(1)));
+    assert_eq!(one.view().removed[&host(1)].value.name.as_str(), "h1", "it can tell this from lost data");
+    one.forget_removed(host(1)).await.unwrap();
+    shows(&two, "it has heard of it", |view| view.removed.is_empty()).await;
+    two.found(&member(1)).await.unwrap();
+    two.remove_member(host(1)).await.unwrap();
+    two.found(&member(1)).await.unwrap();
+    assert!(two.view().removed.is_empty(), "it is back");
 }
 
 #[tokio::test]
@@ -81,28 +84,6 @@ async fn writes_are_based_on_what_is_there() {
     let (one, two) = (open(&etcd, 1), open(&etcd, 2));
     one.fresh(LIMIT).await.unwrap();
     two.fresh(LIMIT).await.unwrap();
-    let first = one.put_snapshot(&snapshot("s"), None).await.unwrap();
-    let exists = DirectoryError::Exists { what: "the snapshot s".into() };
-    assert_eq!(two.put_snapshot(&snapshot("s"), None).await, Err(exists));
-    shows(&two, "the snapshot", |view| view.snapshots.contains_key("s")).await;
-    assert_eq!(two.view().snapshots["s"].revision, first);
-    let renamed = SnapshotRecord { name: "second".into(), ..snapshot("s") };
-    let second = two.put_snapshot(&renamed, Some(first)).await.unwrap();
-    let conflict = DirectoryError::Conflict { what: "the snapshot s".into() };
-    assert_eq!(one.put_snapshot(&snapshot("s"), Some(first)).await, Err(conflict.clone()));
-    assert_eq!(one.view().snapshots["s"].value.name, "second", "who fails sees why");
-    assert_eq!(one.remove_snapshot("s", first).await, Err(conflict));
-    one.remove_snapshot("s", second).await.unwrap();
-    assert!(one.view().snapshots.is_empty());
-
-    let detail = serde_json::Value::String("x".repeat(MAX_RECORD_BYTES));
-    let large = one.put_snapshot(&SnapshotRecord { detail, ..snapshot("s") }, None).await;
-    assert!(matches!(large, Err(DirectoryError::TooLarge { .. })), "{large:?}");
-    // The longest that fits does fit.
-    let empty = serde_json::to_string(&SnapshotRecord { detail: "".into(), ..snapshot("s") }).unwrap().len();
-    let detail = serde_json::Value::String("x".repeat(MAX_RECORD_BYTES - empty));
-    one.put_snapshot(&SnapshotRecord { detail, ..snapshot("s") }, None).await.unwrap();
-
     let lock = one.lock(&name("pair"), "up").await.unwrap();
     let made = one.put_environment(&environment("pair", 1), None, &lock).await.unwrap();
     assert!(matches!(
@@ -114,7 +95,23 @@ async fn writes_are_based_on_what_is_there() {
         Err(DirectoryError::LockLost(_))
     ));
     assert_eq!(*one.view().environments["pair"].value, environment("pair", 1));
-    one.remove_environment(&name("pair"), made, &lock).await.unwrap();
+    assert_eq!(one.view().environments["pair"].revision, made);
+    let moved = one.put_environment(&environment("pair", 2), Some(made), &lock).await.unwrap();
+    let conflict = DirectoryError::Conflict { what: "the environment `pair`".into() };
+    assert_eq!(one.put_environment(&environment("pair", 3), Some(made), &lock).await, Err(conflict.clone()));
+    assert_eq!(*one.view().environments["pair"].value, environment("pair", 2), "who fails sees why");
+    assert_eq!(one.remove_environment(&name("pair"), made, &lock).await, Err(conflict));
+
+    let detailed = |bytes: usize| EnvironmentRecord {
+        detail: serde_json::Value::String("x".repeat(bytes)),
+        ..environment("pair", 1)
+    };
+    let large = one.put_environment(&detailed(MAX_RECORD_BYTES), Some(moved), &lock).await;
+    assert!(matches!(large, Err(DirectoryError::TooLarge { .. })), "{large:?}");
+    // The longest that fits does fit.
+    let empty = serde_json::to_string(&detailed(0)).unwrap().len();
+    let longest = one.put_environment(&detailed(MAX_RECORD_BYTES - empty), Some(moved), &lock).await.unwrap();
+    one.remove_environment(&name("pair"), longest, &lock).await.unwrap();
     shows(&two, "it is gone", |view| view.environments.is_empty()).await;
 }
 
@@ -125,26 +122,28 @@ async fn many_entries_and_what_is_none_of_ours() {
     one.fresh(LIMIT).await.unwrap();
     // More than one page.
     for number in 0..450 {
+        let id = format!("s{number}");
         etcd.put(
-            &format!("{PREFIX}snapshots/s{number}"),
-            serde_json::to_string(&snapshot(&format!("s{number}"))).unwrap().as_bytes(),
+            &format!("{PREFIX}environments/{id}"),
+            serde_json::to_string(&environment(&id, 1)).unwrap().as_bytes(),
         );
     }
-    etcd.put(&format!("{PREFIX}snapshots/bad"), b"{");
+    etcd.put(&format!("{PREFIX}environments/bad"), b"{");
     etcd.put(&format!("{PREFIX}members/xyz"), b"null");
     etcd.put(&format!("{PREFIX}environments/..%2f"), &[0xff, 0xfe]);
     etcd.put(&format!("{PREFIX}future/thing"), b"something newer");
-    etcd.put("/diorama/v1/bbbbbbbbbbbbbbbb/snapshots/s", b"another cluster's");
+    etcd.put("/diorama/v1/bbbbbbbbbbbbbbbb/environments/s", b"another cluster's");
     let two = open(&etcd, 2);
     let view = two.fresh(LIMIT).await.unwrap();
-    assert_eq!(view.snapshots.len(), 450);
-    assert_eq!(view.unreadable, ["members/xyz", "snapshots/bad"]);
-    shows(&one, "the same by a watch", |view| view.snapshots.len() == 450).await;
-    etcd.put(&format!("{PREFIX}snapshots/s1"), b"{");
-    shows(&one, "what turned unreadable", |view| view.unreadable.contains(&"snapshots/s1".to_owned())).await;
-    assert_eq!(one.view().snapshots.len(), 449);
-    etcd.delete(&format!("{PREFIX}snapshots/s1"));
-    etcd.delete(&format!("{PREFIX}snapshots/bad"));
+    assert_eq!(view.environments.len(), 450);
+    assert_eq!(view.unreadable, ["environments/bad", "members/xyz"]);
+    shows(&one, "the same by a watch", |view| view.environments.len() == 450).await;
+    etcd.put(&format!("{PREFIX}environments/s1"), b"{");
+    shows(&one, "what turned unreadable", |view| view.unreadable.contains(&"environments/s1".to_owned()))
+        .await;
+    assert_eq!(one.view().environments.len(), 449);
+    etcd.delete(&format!("{PREFIX}environments/s1"));
+    etcd.delete(&format!("{PREFIX}environments/bad"));
     shows(&one, "it is gone", |view| view.unreadable == ["members/xyz"]).await;
 }
 
@@ -155,19 +154,21 @@ async fn etcd_dies_and_comes_back() {
     one.announce(status(100));
     one.fresh(LIMIT).await.unwrap();
     one.found(&member(1)).await.unwrap();
-    one.put_snapshot(&snapshot("s"), None).await.unwrap();
+    put(&one, "s").await.unwrap();
     for directory in [&one, &two] {
-        shows(directory, "host and snapshot", |view| view.is_alive(host(1)) && !view.snapshots.is_empty())
-            .await;
+        shows(directory, "host and environment", |view| {
+            view.is_alive(host(1)) && !view.environments.is_empty()
+        })
+        .await;
     }
 
     etcd.kill();
     shows(&one, "stale", |view| !view.is_fresh()).await;
     shows(&two, "stale", |view| !view.is_fresh()).await;
     let view = one.view();
-    assert!(view.is_alive(host(1)) && view.snapshots.contains_key("s"), "the last that was known");
+    assert!(view.is_alive(host(1)) && view.environments.contains_key("s"), "the last that was known");
     let Freshness::Stale { since, .. } = &view.freshness else { panic!("stale") };
-    let error = one.put_snapshot(&snapshot("t"), None).await.unwrap_err();
+    let error = put(&one, "t").await.unwrap_err();
     assert!(matches!(error, DirectoryError::Unavailable { .. }), "{error}");
     assert!(error.to_string().contains(&etcd.address().to_string()), "says where: {error}");
     let error = one.fresh(Duration::from_millis(300)).await.unwrap_err();
@@ -182,8 +183,8 @@ async fn etcd_dies_and_comes_back() {
     etcd.start_again();
     one.fresh(LIMIT).await.unwrap();
     shows(&two, "fresh again, the host there again", |view| view.is_fresh() && view.is_alive(host(1))).await;
-    one.put_snapshot(&snapshot("t"), None).await.unwrap();
-    shows(&two, "changes arrive again", |view| view.snapshots.contains_key("t")).await;
+    put(&one, "t").await.unwrap();
+    shows(&two, "changes arrive again", |view| view.environments.contains_key("t")).await;
 }
 
 #[tokio::test]
@@ -191,15 +192,18 @@ async fn etcd_that_does_not_answer() {
     let etcd = Etcd::start();
     let one = open(&etcd, 1);
     one.fresh(LIMIT).await.unwrap();
+    let lock = one.lock(&name("s"), "up").await.unwrap();
     etcd.freeze();
-    let error = one.put_snapshot(&snapshot("s"), None).await.unwrap_err();
+    let error = one.put_environment(&environment("s", 1), None, &lock).await.unwrap_err();
     assert!(matches!(error, DirectoryError::Unavailable { perhaps_done: true, .. }), "{error}");
     shows(&one, "stale", |view| !view.is_fresh()).await;
     etcd.resume();
     shows(&one, "fresh", |view| view.is_fresh()).await;
     // Perhaps it was: then the view shows it, and the same write says so.
-    let done = one.view().snapshots.contains_key("s");
-    let again = one.put_snapshot(&snapshot("s"), None).await;
+    let done = one.view().environments.contains_key("s");
+    drop(lock);
+    shows(&one, "the lock given back", |view| view.locks.is_empty()).await;
+    let again = put(&one, "s").await;
     assert_eq!(done, matches!(again, Err(DirectoryError::Exists { .. })), "{again:?}");
 }
 
@@ -242,7 +246,7 @@ async fn one_of_several_addresses_is_enough() {
         EtcdConfig::at([format!("http://{}", absent.address()), format!("http://{}", etcd.address())]);
     let one = Directory::etcd(&config, CLUSTER, host(1), options()).unwrap();
     one.fresh(LIMIT).await.unwrap();
-    one.put_snapshot(&snapshot("s"), None).await.unwrap();
+    put(&one, "s").await.unwrap();
 
     let error =
         Directory::etcd(&EtcdConfig::at(["not an address"]), CLUSTER, host(1), options()).unwrap_err();
@@ -264,9 +268,9 @@ async fn a_host_that_is_alone_needs_no_etcd() {
         let lock = alone.lock(&name("pair"), "up").await.unwrap();
         assert!(matches!(alone.lock(&name("pair"), "up").await, Err(DirectoryError::Held { .. })));
         alone.put_environment(&environment("pair", 1), None, &lock).await.unwrap();
-        let snapshot = alone.put_snapshot(&snapshot("s"), None).await.unwrap();
+        let made = alone.view().environments["pair"].revision;
         assert!(matches!(
-            alone.put_snapshot(&crate::directory::snapshot("s"), Some(snapshot + 1)).await,
+            alone.put_environment(&environment("pair", 2), Some(made + 1), &lock).await,
             Err(DirectoryError::Conflict { .. })
         ));
         lock.token()
@@ -274,7 +278,7 @@ async fn a_host_that_is_alone_needs_no_etcd() {
     // As after a crash: the lock and the status went with the process, the rest stays.
     let alone = Directory::local(&path, host(1)).unwrap();
     let view = alone.fresh(LIMIT).await.unwrap();
-    assert!(view.environments.contains_key("pair") && view.snapshots.contains_key("s"));
+    assert!(view.environments.contains_key("pair"));
     assert_eq!(view.members.get(host(1)), Some(&member(1)));
     assert!(view.hosts.is_empty());
     let lock = alone.lock(&name("pair"), "up").await.unwrap();

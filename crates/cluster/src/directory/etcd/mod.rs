@@ -200,18 +200,21 @@ impl Etcd {
     }
 
     fn silent(&self) -> BackendError {
+        let problem = format!("etcd at {} did not answer within {REQUEST_LIMIT:?}", self.address());
         self.disconnect();
-        let problem = format!("etcd did not answer within {REQUEST_LIMIT:?}");
         BackendError::Unavailable { problem, perhaps_done: true }
     }
 
     fn failed(&self, status: &Status) -> BackendError {
         let message = status.message();
+        // Such as that the connection broke, because etcd wants a certificate.
+        let causes = std::error::Error::source(status).map(|cause| format!(": {}", with_causes(cause)));
+        let problem = format!("etcd at {}: {message}{}", self.address(), causes.unwrap_or_default());
         match status.code() {
             // A token ends with time, and when etcd starts again: with a new connection comes a new one.
             Code::Unauthenticated => {
                 self.disconnect();
-                BackendError::Unavailable { problem: format!("etcd: {message}"), perhaps_done: false }
+                BackendError::Unavailable { problem, perhaps_done: false }
             }
             Code::InvalidArgument
             | Code::NotFound
@@ -223,9 +226,14 @@ impl Etcd {
             | Code::Unimplemented => BackendError::Refused(format!("etcd refuses: {message}")),
             _ => {
                 self.disconnect();
-                BackendError::Unavailable { problem: format!("etcd: {message}"), perhaps_done: true }
+                BackendError::Unavailable { problem, perhaps_done: true }
             }
         }
+    }
+
+    /// Of the present connection.
+    fn address(&self) -> String {
+        self.endpoints[self.state().next_endpoint].uri().to_string()
     }
 
     fn key(&self, key: &str) -> Vec<u8> {
