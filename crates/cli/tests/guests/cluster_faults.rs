@@ -4,7 +4,8 @@
 //! After each fault the same must be so ([`World::is_sound`]): every machine runs, the traffic goes on, no host has or shows
 //! part of a snapshot, the store is whole, and the next snapshot succeeds with every frame accounted for.
 
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::Instant;
 
@@ -269,6 +270,8 @@ fn an_agent_may_die_at_each_step() {
 
 #[test]
 fn the_network_etcd_and_clocks_may_fail() {
+    // Before the world, so that it goes after it.
+    let _left = FaketimeFiles::new();
     let mut world = World::new();
 
     // A host is cut off: while it prepares, has been told to take, and is about to report.
@@ -345,6 +348,33 @@ fn the_network_etcd_and_clocks_may_fail() {
     world.cluster.restart_agent(THREE);
     world.is_sound("h3's clock set right", THREE);
     world.finish();
+}
+
+/// What libfaketime leaves in shared memory for each process that was killed: removed with this.
+struct FaketimeFiles(BTreeSet<PathBuf>);
+
+impl FaketimeFiles {
+    fn new() -> Self {
+        Self(Self::there())
+    }
+
+    fn there() -> BTreeSet<PathBuf> {
+        let named = |path: &PathBuf| {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            name.starts_with("faketime_shm_") || name.starts_with("sem.faketime_sem_")
+        };
+        let entries = std::fs::read_dir("/dev/shm").unwrap();
+        entries.flatten().map(|entry| entry.path()).filter(named).collect()
+    }
+}
+
+impl Drop for FaketimeFiles {
+    fn drop(&mut self) {
+        for path in Self::there().difference(&self.0) {
+            // Another process of the agent may have removed its own just now.
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
 /// Each step on each host, of snapshots that each host takes; and each host in the middle cut off at each step.

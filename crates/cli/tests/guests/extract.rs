@@ -129,7 +129,7 @@ networks: {lan: {}}
     );
     assert!(!to("no").exists());
     let ran = lab.run(&["snapshot", "extract", "two", "--disks", "--to", "layered", "--force"]);
-    assert!(ran.status == Some(0) && ran.stderr.contains("has changed"), "{ran:?}");
+    assert!(ran.status == Some(0) && ran.stderr.contains("is not what it was"), "{ran:?}");
     lab.finish();
 }
 

@@ -110,7 +110,7 @@ fn a_machine_that_is_switched_off_around_the_cut_stays_off() {
     lab.up(one);
     lab.shell("one", "only", "true");
     lab.snapshot("one", &["base"]);
-    for delay in ["0.0", "0.15", "0.3", "0.45", "0.6"] {
+    for delay in ["0.1", "0.2", "0.3", "0.45", "0.6"] {
         lab.ok(&["restore", "base"]);
         lab.shell("one", "only", &format!("(sleep {delay}; poweroff -f) >/dev/null 2>&1 &"));
         lab.snapshot("one", &["moment"]);

@@ -173,17 +173,23 @@ impl Participant {
         }
     }
 
-    /// A repetition, or the same attempt at a higher epoch; what the host did for it still holds.
+    /// A repetition, or the same attempt at a higher epoch; what the host did for it still holds, unless it has cut already.
     fn prepare_again(&mut self, cut: CutId, out: &mut Vec<Output>) {
         let ready = matches!(self.state, State::Prepared(_));
-        let (State::Preparing(terms) | State::Prepared(terms)) = &mut self.state else { return };
-        if cut.epoch < terms.cut.epoch {
-            return;
-        }
-        terms.cut = cut;
-        if ready {
-            let terms = terms.clone();
-            self.send_prepared(&terms, out);
+        match &mut self.state {
+            State::Preparing(terms) | State::Prepared(terms) if cut.epoch >= terms.cut.epoch => {
+                terms.cut = cut;
+                if ready {
+                    let terms = terms.clone();
+                    self.send_prepared(&terms, out);
+                }
+            }
+            // A frame had begun the cut, of a host that came back from a crash at the epoch that was proposed. The attempt
+            // goes on above it: leave, and take part again when this Prepare is repeated.
+            State::Cutting { terms, .. } | State::Capturing { terms, .. } if cut.epoch > terms.cut.epoch => {
+                self.fail(FailReason::Superseded { by: cut }, out);
+            }
+            _ => {}
         }
     }
 

@@ -317,6 +317,23 @@ fn an_attempt_may_rise_to_a_higher_epoch() {
     assert_eq!(participant.active(), Some(higher));
 }
 
+/// A frame had begun the cut, of a host that came back from a crash at the proposed epoch: the attempt rises above it.
+#[test]
+fn a_cut_that_its_own_attempt_has_left_behind_is_given_up() {
+    let higher = cut(1, 8);
+    let mut participant = check(
+        "capturing",
+        vec![prepare(INITIATOR, higher)],
+        "discarding",
+        gave_up(CUT.epoch.0, FailReason::Superseded { by: higher }),
+    );
+    // Repeated, it finds this host ready to take part again.
+    participant.handle(Input::Finished { cut: CUT }, Duration::ZERO);
+    let outputs = participant.handle(prepare(INITIATOR, higher), Duration::ZERO);
+    assert!(matches!(outputs[..], [Output::StartPrepare { .. }]), "{outputs:?}");
+    assert_eq!(participant.active(), Some(higher));
+}
+
 #[test]
 fn one_cut_at_a_time() {
     let next = cut(2, 7);
