@@ -314,9 +314,9 @@ pub(crate) fn take_name(
         };
         let other: Option<SnapshotId> = std::str::from_utf8(&holder).ok().and_then(|t| t.parse().ok());
         if let Some(other) = other {
-            let exists = store.exists(&other)?;
-            // Without its manifest, it is one that another writer commits just now, or one that never was.
-            if exists || (other != *id && backend.sessions()? > 1) {
+            // Without its manifest, it is one that another writer commits just now, or one that never was. The sessions
+            // are counted first: a writer that has ended its own by then has its manifest there, or never will.
+            if (other != *id && backend.sessions()? > 1) || store.exists(&other)? {
                 return Err(name_in_use(environment, name, other));
             }
         }
