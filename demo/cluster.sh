@@ -134,6 +134,8 @@ for host in "${HOSTS[@]}"; do
 done
 ip netns exec "$NAME-net" etcd --data-dir "$work/etcd" --listen-client-urls http://10.77.0.9:2379 \
     --advertise-client-urls http://10.77.0.9:2379 --listen-peer-urls http://127.0.0.1:2380 >"$work/etcd.log" 2>&1 &
+# The shell is not to report its end.
+disown
 deadline=$((SECONDS + PATIENCE))
 until ip netns exec "$NAME-net" bash -c ': </dev/tcp/10.77.0.9/2379' 2>/dev/null; do
     [ "$SECONDS" -lt "$deadline" ] || { cat "$work/etcd.log" >&2; fail "etcd does not listen"; }
