@@ -97,11 +97,16 @@ fn keys_open_it_and_nothing_else_does() {
 
     lab.set("DIORAMA_STORE_PASSPHRASE_FILE", "passphrase");
     let keys = lab.ok(&["store", "key", "list"]);
-    let labels: Vec<&str> =
-        keys["keys"].as_array().unwrap().iter().map(|key| key["label"].as_str().unwrap()).collect();
+    // Made within one second, they are listed in either order.
+    let mut listed: Vec<(&str, &str)> = keys["keys"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|key| (key["label"].as_str().unwrap(), key["id"].as_str().unwrap()))
+        .collect();
+    listed.sort_unstable();
+    let (labels, ids): (Vec<&str>, Vec<&str>) = listed.into_iter().unzip();
     assert_eq!(labels, ["first", "mine"]);
-    let ids: Vec<&str> =
-        keys["keys"].as_array().unwrap().iter().map(|key| key["id"].as_str().unwrap()).collect();
     lab.ok(&["store", "key", "rm", ids[0]]);
     let refused = lab.refused(&["store", "key", "rm", ids[1]]);
     assert_eq!(refused.kind, "wrong-state", "{refused:?}");
