@@ -8,7 +8,7 @@ use crate::archive::{ArchiveProblem, ArchiveReader, ArchiveWriter, Kind, damaged
 use crate::error::StoreError;
 use crate::id::SnapshotId;
 use crate::ingest::Chunks;
-use crate::manifest::{BaseRecord, FORMAT, Manifest};
+use crate::manifest::{BaseRecord, Manifest, Unreadable};
 use crate::pack::{
     self, FOOTER_BYTES, GroupBuilder, MAGIC, Opener, PackBuilder, PackError, PackId, PackKind, Table,
 };
@@ -140,21 +140,10 @@ impl Packing<'_, '_> {
 }
 
 fn opened_manifest(bytes: Vec<u8>) -> Result<Copied, ArchiveProblem> {
-    #[derive(serde::Deserialize)]
-    struct FormatOnly {
-        format: String,
-    }
-    let not_one = |error: serde_json::Error| ArchiveProblem::NotAManifest {
-        line: error.line(),
-        column: error.column(),
-    };
-    // The format first: another version's manifest need not look like ours.
-    let found = serde_json::from_slice::<FormatOnly>(&bytes).map_err(not_one)?.format;
-    if found != FORMAT {
-        return Err(ArchiveProblem::Manifest(crate::ManifestProblem::Format { found }));
-    }
-    let manifest: Manifest = serde_json::from_slice(&bytes).map_err(not_one)?;
-    manifest.check().map_err(ArchiveProblem::Manifest)?;
+    let manifest = Manifest::parse(&bytes).map_err(|problem| match problem {
+        Unreadable::NotOne { line, column } => ArchiveProblem::NotAManifest { line, column },
+        Unreadable::Rules(problem) => ArchiveProblem::Manifest(problem),
+    })?;
     Ok(Copied { id: SnapshotId::of_manifest(&bytes), bytes, manifest, signature: None })
 }
 

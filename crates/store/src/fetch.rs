@@ -84,11 +84,15 @@ impl Store {
     ) -> Result<Vec<u8>, StoreError> {
         let bytes = self.chunk(address, cache)?;
         if bytes.len() != children * Address::BYTES {
-            let found = self.find(address)?;
-            let file = self.backend().locate(&pack_key(&found.pack.id));
-            return Err(StoreError::corrupt(&file, Damage::Node { address: *address }));
+            return Err(self.misfit(&self.find(address)?.pack, address));
         }
         Ok(bytes)
+    }
+
+    /// What is wrong with a chunk that is whole, and not of its place's length.
+    pub(crate) fn misfit(&self, pack: &Pack, address: &Address) -> StoreError {
+        let file = self.backend().locate(&pack_key(&pack.id));
+        StoreError::corrupt(&file, Damage::Node { address: *address })
     }
 
     /// A chunk's bytes.
@@ -489,8 +493,7 @@ impl Worker<'_> {
             }
             let offset = self.part.shape.offset(leaf);
             if bytes.len() as u64 != self.part.shape.leaf_length(leaf) {
-                let file = self.store.backend().locate(&pack_key(&run.pack.id));
-                let error = StoreError::corrupt(&file, Damage::Node { address: *address });
+                let error = self.store.misfit(&run.pack, address);
                 self.losses.push(Loss { offset, error });
                 continue;
             }

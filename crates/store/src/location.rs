@@ -10,6 +10,7 @@ use crate::backend::folder::Folder;
 use crate::backend::s3::{S3, S3Settings};
 use crate::error::StoreError;
 use crate::files;
+use crate::root::{FORMAT_BYTES_MAX, FORMAT_KEY};
 
 /// Where a store is.
 #[derive(Debug, Clone)]
@@ -55,6 +56,17 @@ impl Location {
             }
             Self::S3(settings) => Arc::new(S3::open(settings)?),
         })
+    }
+
+    /// Whether there is a store, of whatever version. Makes nothing.
+    ///
+    /// # Errors
+    /// When the place cannot be reached.
+    pub fn has_store(&self) -> Result<bool, StoreError> {
+        match self {
+            Self::Folder(path) => Ok(path.join(FORMAT_KEY).is_file()),
+            Self::S3(settings) => Ok(S3::open(settings)?.read(FORMAT_KEY, FORMAT_BYTES_MAX)?.is_some()),
+        }
     }
 
     /// Looks whether the place can be reached, and changes nothing.

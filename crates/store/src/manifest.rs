@@ -423,7 +423,34 @@ pub struct Part {
     pub root: Address,
 }
 
+/// Why bytes are no manifest that can be read.
+#[derive(Debug)]
+pub(crate) enum Unreadable {
+    /// Not what a manifest looks like, from here on.
+    NotOne { line: usize, column: usize },
+    /// It breaks a rule, or is another version's.
+    Rules(ManifestProblem),
+}
+
 impl Manifest {
+    /// What a manifest's bytes say, once all its rules are found kept.
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, Unreadable> {
+        #[derive(Deserialize)]
+        struct FormatOnly {
+            format: String,
+        }
+        let not_one =
+            |error: serde_json::Error| Unreadable::NotOne { line: error.line(), column: error.column() };
+        // The format first: another version's manifest need not look like ours.
+        let found = serde_json::from_slice::<FormatOnly>(bytes).map_err(not_one)?.format;
+        if found != FORMAT {
+            return Err(Unreadable::Rules(ManifestProblem::Format { found }));
+        }
+        let manifest: Self = serde_json::from_slice(bytes).map_err(not_one)?;
+        manifest.check().map_err(Unreadable::Rules)?;
+        Ok(manifest)
+    }
+
     /// The machine of this name.
     pub fn machine(&self, name: &str) -> Option<&MachineRecord> {
         self.machines.iter().find(|machine| machine.name == name)

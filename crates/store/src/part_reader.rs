@@ -5,10 +5,10 @@ use std::path::Path;
 
 use crate::Progress;
 use crate::address::Address;
-use crate::error::{Damage, StoreError};
+use crate::error::StoreError;
 use crate::fetch::{NodeCache, first_loss};
 use crate::manifest::Part;
-use crate::root::{Store, pack_key};
+use crate::root::Store;
 use crate::tree::{self, Shape};
 
 /// Takes runs of bytes, from several threads: where they are in the part, and they. What is zero may be left out.
@@ -120,9 +120,7 @@ impl PartReader {
                     .map_err(|error| error.within(&self.part.name, Some(at)))?;
                 if whole.len() as u64 != shape.leaf_length(leaf) {
                     let found = self.store.find(&address)?;
-                    let file = self.store.backend().locate(&pack_key(&found.pack.id));
-                    return Err(StoreError::corrupt(&file, Damage::Node { address })
-                        .within(&self.part.name, Some(at)));
+                    return Err(self.store.misfit(&found.pack, &address).within(&self.part.name, Some(at)));
                 }
                 into.copy_from_slice(&whole[within..within + length]);
             }

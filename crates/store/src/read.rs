@@ -9,13 +9,12 @@ use std::path::{Path, PathBuf};
 use crate::Progress;
 use crate::catalog::{Stored, manifest_key, receipt_key};
 use crate::error::{Damage, StoreError};
-use crate::fetch::first_loss;
 use crate::files;
 use crate::frames::{self, StoredFrame};
 use crate::id::SnapshotId;
 use crate::manifest::{
     FORMAT, FRAMES_PART, FileRecord, LayerRecord, MAX_MANIFEST_BYTES, MachineRecord, Manifest,
-    ManifestProblem, Part, Receipt, blob_part, layer_part, state_part,
+    ManifestProblem, Part, Receipt, Unreadable, blob_part, layer_part, state_part,
 };
 use crate::root::Store;
 use crate::tree::Shape;
@@ -100,22 +99,8 @@ impl Store {
             .set_len(0)
             .and_then(|()| destination.set_len(total))
             .map_err(|e| StoreError::io("size", &path, e).needing(total))?;
-        let mut done = 0;
-        let losses = self.fetch(
-            part,
-            &|offset, bytes| {
-                destination
-                    .write_all_at(bytes, offset)
-                    .map_err(|e| StoreError::io("write", &path, e).needing(total))
-            },
-            &mut |bytes| {
-                done += bytes;
-                progress(done, total);
-            },
-        )?;
-        first_loss(part, losses)?;
-        progress(total, total);
-        Ok(())
+        self.pour(part, &path, &|offset, bytes| destination.write_all_at(bytes, offset), progress)
+            .map_err(|error| error.needing(total))
     }
 
     /// A snapshot's manifest, once its hash is found to be the id, and all its rules kept.
@@ -139,16 +124,16 @@ impl Store {
 
     /// What a manifest's bytes say, once all its rules are found kept.
     pub(crate) fn parse_manifest(&self, id: &SnapshotId, bytes: &[u8]) -> Result<Manifest, StoreError> {
-        let corrupt = |damage| StoreError::corrupt(&self.backend().locate(&manifest_key(id)), damage);
-        // The format first: another version's manifest need not look like ours.
-        let format =
-            serde_json::from_slice::<FormatOnly>(bytes).map_err(|e| corrupt(not_a_manifest(&e)))?.format;
-        if format != FORMAT {
-            return Err(StoreError::UnsupportedSnapshot { id: *id, found: format, expected: FORMAT });
-        }
-        let manifest: Manifest = serde_json::from_slice(bytes).map_err(|e| corrupt(not_a_manifest(&e)))?;
-        manifest.check().map_err(|problem: ManifestProblem| corrupt(Damage::Manifest(problem)))?;
-        Ok(manifest)
+        Manifest::parse(bytes).map_err(|problem| {
+            let damage = match problem {
+                Unreadable::Rules(ManifestProblem::Format { found }) => {
+                    return StoreError::UnsupportedSnapshot { id: *id, found, expected: FORMAT };
+                }
+                Unreadable::NotOne { line, column } => Damage::NotAManifest { line, column },
+                Unreadable::Rules(problem) => Damage::Manifest(problem),
+            };
+            StoreError::corrupt(&self.backend().locate(&manifest_key(id)), damage)
+        })
     }
 
     /// A snapshot's receipt, if there is one. It is not covered by the id, so a damaged one is no more than a missing
@@ -173,15 +158,6 @@ impl MachineRecord {
     pub fn layer_part(&self, disk: &crate::DiskRecord, index: usize) -> String {
         layer_part(&self.name, &disk.name, index, disk.layers[index].format)
     }
-}
-
-#[derive(serde::Deserialize)]
-struct FormatOnly {
-    format: String,
-}
-
-fn not_a_manifest(error: &serde_json::Error) -> Damage {
-    Damage::NotAManifest { line: error.line(), column: error.column() }
 }
 
 /// An open file's path, for errors; a name for what it is to hold where it has none.

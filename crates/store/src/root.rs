@@ -21,7 +21,9 @@ use crate::write::Writer;
 const FORMAT: &str = "diorama-store/1";
 /// The same, with everything sealed.
 const FORMAT_ENCRYPTED: &str = "diorama-store/1+encrypted";
-const FORMAT_KEY: &str = "format";
+pub(crate) const FORMAT_KEY: &str = "format";
+/// The longest that it is read.
+pub(crate) const FORMAT_BYTES_MAX: u64 = 256;
 /// Everything that a store's folder may have in it.
 const OURS: [&str; 13] = [
     "format",
@@ -382,7 +384,7 @@ fn settle_format(backend: &Arc<dyn Backend>, options: &OpenOptions) -> Result<Op
 }
 
 fn find_format(backend: &dyn Backend) -> Result<Found, StoreError> {
-    let Some(found) = backend.read(FORMAT_KEY, 256)? else {
+    let Some(found) = backend.read(FORMAT_KEY, FORMAT_BYTES_MAX)? else {
         // Making a store may have been interrupted at any step; anything else than its traces is not ours.
         let ours = |name: &str| OURS.contains(&name) || name.starts_with(".tmp");
         if backend.list("")?.iter().any(|object| !ours(&object.name)) {
@@ -401,10 +403,10 @@ fn find_format(backend: &dyn Backend) -> Result<Found, StoreError> {
 /// Writes it, if nobody has.
 fn write_format(backend: &dyn Backend, format: &str) -> Result<(), StoreError> {
     // Read first: mostly it is there, and creating costs more.
-    if backend.read(FORMAT_KEY, 256)?.is_none() {
+    if backend.read(FORMAT_KEY, FORMAT_BYTES_MAX)?.is_none() {
         backend.create(FORMAT_KEY, format!("{format}\n").as_bytes())?;
     }
-    let found = backend.read(FORMAT_KEY, 256)?.unwrap_or_default();
+    let found = backend.read(FORMAT_KEY, FORMAT_BYTES_MAX)?.unwrap_or_default();
     let found = String::from_utf8_lossy(&found).trim_end().to_owned();
     if found == format {
         return Ok(());

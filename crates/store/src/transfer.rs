@@ -23,7 +23,7 @@ use std::thread;
 
 use crate::Progress;
 use crate::address::Address;
-use crate::catalog::{alias_key, manifest_key, name_key};
+use crate::catalog::{alias_key, name_key};
 use crate::collect::Needed;
 use crate::error::{Damage, StoreError};
 use crate::fetch::NodeCache;
@@ -33,7 +33,6 @@ use crate::ingest::{Chunks, Target};
 use crate::manifest::{BaseRecord, Manifest, check_snapshot_name};
 use crate::pack::{Opener, PackKind};
 use crate::root::{Store, pack_key};
-use crate::signature::signature_key;
 use crate::tree::{self, Place, Shape, Visitor};
 
 /// Adjacent groups are read together up to about this length...
@@ -439,28 +438,16 @@ impl Intake {
         } else {
             backend.replace(&alias_key, name.as_bytes())?;
         }
-        let signed = match &copied.signature {
-            Some(signature) => self.store.put_signature(id, signature),
-            None => Ok(()),
-        };
-        let created = signed
-            .and_then(|()| self.target.confirm())
-            .and_then(|()| backend.create(&manifest_key(id), &copied.bytes));
-        if let Err(error) = created {
-            // It may be there all the same, perhaps not durable: whoever is told of an error has no snapshot.
-            let name_key = name_key(environment, name);
-            let undone = backend
-                .remove(&manifest_key(id), None)
-                .and_then(|_| backend.remove(&name_key, Some(id.to_string().as_bytes())))
-                .and_then(|_| backend.remove(&alias_key, None))
-                .and_then(|_| backend.remove(&signature_key(id), None));
-            if let Err(undo) = undone {
-                tracing::error!(%id, error = %undo, "cannot take back a snapshot");
-            }
-            return Err(error);
+        let (key, signature) = (name_key(environment, name), copied.signature.as_deref());
+        let created =
+            crate::write::create_manifest(&self.store, &self.target, id, &copied.bytes, &key, signature);
+        if created.is_err()
+            && let Err(undo) = backend.remove(&alias_key, None)
+        {
+            tracing::error!(%id, error = %undo, "cannot take back a snapshot's other name");
         }
         // Where somebody else was faster, it is the same manifest.
-        Ok(())
+        created.map(drop)
     }
 }
 
@@ -505,7 +492,6 @@ impl Visitor for Look<'_> {
         if found.pack.table.chunk_bytes(found.chunk) as u64 == self.shape.leaf_length(leaf) {
             return Ok(());
         }
-        let file = self.store.backend().locate(&pack_key(&found.pack.id));
-        Err(StoreError::corrupt(&file, Damage::Node { address: *address }))
+        Err(self.store.misfit(&found.pack, address))
     }
 }

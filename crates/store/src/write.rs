@@ -168,34 +168,12 @@ impl Writer {
         self.target.publish()?;
         let name_key = name_key(environment, name);
         take_name(&self.store, environment, name, &id)?;
-        let signed = match self.store.signer() {
-            // In place of what may be left of an attempt at the same.
-            Some(signer) => self.store.backend().replace(&signature_key(&id), &signer.sign(&id)),
-            None => Ok(()),
-        };
-        let created = signed
-            .and_then(|()| self.target.confirm())
-            .and_then(|()| self.store.backend().create(&manifest_key(&id), &bytes));
-        match created {
-            Ok(true) => {}
-            Ok(false) => {
-                if let Err(error) = self.target.end() {
-                    tracing::warn!(%id, %error, "cannot remove what was staged");
-                }
-                return Err(StoreError::AlreadyStored { id });
+        let signature = self.store.signer().map(|signer| signer.sign(&id));
+        if !create_manifest(&self.store, &self.target, &id, &bytes, &name_key, signature.as_deref())? {
+            if let Err(error) = self.target.end() {
+                tracing::warn!(%id, %error, "cannot remove what was staged");
             }
-            Err(error) => {
-                // It may be there all the same, perhaps not durable: whoever is told of an error has no snapshot.
-                let backend = self.store.backend();
-                let undone = backend
-                    .remove(&manifest_key(&id), None)
-                    .and_then(|_| backend.remove(&signature_key(&id), None))
-                    .and_then(|_| backend.remove(&name_key, Some(id.to_string().as_bytes())));
-                if let Err(undo) = undone {
-                    tracing::error!(%id, error = %undo, "cannot take back a snapshot");
-                }
-                return Err(error);
-            }
+            return Err(StoreError::AlreadyStored { id });
         }
         if let Err(error) = self.target.end() {
             // It is a snapshot all the same; recovery removes what is left.
@@ -287,6 +265,37 @@ impl Writer {
         // A thread that panicked left its entry at `None`, which commit refuses.
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Makes a snapshot of what is there and has its name: signs it, if that is wanted, and last creates the manifest. When that
+/// fails, all of it is taken back, the name too. Returns whether the manifest is new.
+pub(crate) fn create_manifest(
+    store: &Store,
+    target: &Target,
+    id: &SnapshotId,
+    manifest: &[u8],
+    name_key: &str,
+    signature: Option<&[u8]>,
+) -> Result<bool, StoreError> {
+    let backend = store.backend();
+    let signed = match signature {
+        // In place of what may be left of an attempt at the same.
+        Some(signature) => store.put_signature(id, signature),
+        None => Ok(()),
+    };
+    let created =
+        signed.and_then(|()| target.confirm()).and_then(|()| backend.create(&manifest_key(id), manifest));
+    if created.is_err() {
+        // It may be there all the same, perhaps not durable: whoever is told of an error has no snapshot.
+        let undone = backend
+            .remove(&manifest_key(id), None)
+            .and_then(|_| backend.remove(&signature_key(id), None))
+            .and_then(|_| backend.remove(name_key, Some(id.to_string().as_bytes())));
+        if let Err(undo) = undone {
+            tracing::error!(%id, error = %undo, "cannot take back a snapshot");
+        }
+    }
+    created
 }
 
 /// Lets a snapshot that is about to be there have a name. Of several writers that want one, one gets it.

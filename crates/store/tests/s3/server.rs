@@ -35,6 +35,7 @@ for port in $ports; do rm -f /tmp/seaweedfs-*-"$port".sock; done
 
 /// See the module.
 pub struct Server {
+    program: PathBuf,
     folder: PathBuf,
     ports: [u16; PORTS],
     /// Ends when its standard input does.
@@ -44,6 +45,8 @@ pub struct Server {
 impl Server {
     /// Starts one with an empty bucket.
     pub fn start() -> Self {
+        // Without it, nothing is begun that somebody would have to remove.
+        let program = program();
         let folder = tempfile::TempDir::with_prefix_in("s3-", "/dev/shm").unwrap().keep();
         let identities = format!(
             r#"{{"identities": [{{"name": "tests", "actions": ["Admin", "Read", "Write", "List"],
@@ -51,7 +54,7 @@ impl Server {
         );
         std::fs::write(folder.join("s3.json"), identities).unwrap();
         // Somebody else may take a port before the server does.
-        let mut server = Self { folder, ports: free_ports(), watches: Vec::new() };
+        let mut server = Self { program, folder, ports: free_ports(), watches: Vec::new() };
         for _ in 0..3 {
             if server.run() {
                 server.make_bucket();
@@ -132,7 +135,7 @@ impl Server {
             .args(["-c", WATCH, "watch"])
             .arg(&self.folder)
             .arg(ports.join(" "))
-            .arg(program())
+            .arg(&self.program)
             .args(["-logtostderr=true", "server"])
             .args(options)
             .current_dir(&self.folder)

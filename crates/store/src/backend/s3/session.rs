@@ -35,6 +35,8 @@ use tokio::task::JoinHandle;
 use super::client::{Client, Shared, elapsed_time};
 use crate::backend::{Object, Session};
 use crate::error::StoreError;
+use crate::keys::hex;
+use crate::seal::random_bytes;
 
 const SESSIONS: &str = "sessions";
 const VERDICT: &str = ".verdict";
@@ -84,7 +86,7 @@ struct Lease {
 
 impl S3Session {
     pub(super) fn begin(client: &Shared) -> Result<Self, StoreError> {
-        let key = format!("{SESSIONS}/{}", random_name());
+        let key = format!("{SESSIONS}/{}", hex::encode(&random_bytes::<16>()));
         // For people who look into the bucket.
         let host = nix::unistd::gethostname().unwrap_or_default();
         let host = host.to_string_lossy().chars().filter(char::is_ascii_graphic).collect::<String>();
@@ -348,10 +350,6 @@ fn age(now: SystemTime, object: &Object) -> Duration {
 
 fn verdict(key: &str) -> String {
     format!("{key}{VERDICT}")
-}
-
-fn random_name() -> String {
-    crate::seal::random_bytes::<16>().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
