@@ -252,6 +252,14 @@ impl Capture {
         self.gate.open();
     }
 
+    /// Waits for the stream's end, for at most `limit`: then the capture has failed.
+    pub(crate) fn finish_within(self, limit: Duration) -> Result<Captured, CaptureError> {
+        if !self.wait_finished(limit) {
+            self.discard();
+        }
+        self.finish()
+    }
+
     /// Waits until the thread has ended, well or not, for at most `limit`.
     pub(crate) fn wait_finished(&self, limit: Duration) -> bool {
         let state = self.gate.state.lock().expect("nothing panics with it");

@@ -23,7 +23,7 @@ use diorama_cluster::directory::{DirectoryError, EtcdConfig, Freshness, HostStat
 use diorama_cluster::identity::tls::Tls;
 use diorama_cluster::identity::{Authority, AuthorityError, Credentials, JoinToken};
 use diorama_cluster::renewal::{self, Renewal};
-use diorama_cluster::{Directory, HostId};
+use diorama_cluster::{Directory, HostId, private_file};
 use diorama_topology::{EnvironmentName, HostName, LabelName, LabelValue};
 use http_body_util::BodyExt;
 use serde::{Deserialize, Serialize};
@@ -104,7 +104,7 @@ impl Config {
     fn save(&self, folder: &Path) -> Result<(), ApiError> {
         let file = Self::file(folder);
         let text = serde_json::to_vec_pretty(self).expect("a configuration has string keys");
-        write_private(&file, &text).map_err(|error| io_error(&file, &error))
+        private_file::write(&file, &text).map_err(|error| io_error(&error.path, &error.source))
     }
 }
 
@@ -401,12 +401,11 @@ impl Agent {
         let Some(cluster) = self.cluster() else { return };
         let free = crate::hardware::free_memory_bytes();
         let config = &cluster.config;
-        let credentials = Credentials::open(&self.cluster_folder()).ok().flatten();
         let announced = Announced {
             tunnel: config.address,
             machines: self.slots.running().len(),
             underlay_mtu: config.underlay_mtu.or_else(|| underlay_mtu(config.address.ip())),
-            certificate_until: credentials.map(|credentials| credentials.certificate().not_after),
+            certificate_until: Some(cluster.tls.certificate_until()),
         };
         cluster.directory.announce(HostStatus {
             labels: cluster.config.labels.clone(),
@@ -476,6 +475,7 @@ impl Agent {
             .map(|member| {
                 let status = view.hosts.get(&member.id).map(|status| &status.value);
                 let machines = view.environments.values().flat_map(|record| record.value.placement.values());
+                let announced = cluster.announced(member.id);
                 HostInfo {
                     name: member.name.to_string(),
                     id: member.id.to_string(),
@@ -497,11 +497,11 @@ impl Agent {
                         .unwrap_or(u32::MAX),
                     version: status.map(|status| status.version.clone()).unwrap_or_default(),
                     issuer: member.issuer,
-                    certificate_until: cluster
-                        .announced(member.id)
+                    certificate_until: announced
+                        .as_ref()
                         .and_then(|announced| announced.certificate_until)
                         .map(|until| until.to_string()),
-                    underlay_mtu: cluster.announced(member.id).and_then(|announced| announced.underlay_mtu),
+                    underlay_mtu: announced.and_then(|announced| announced.underlay_mtu),
                 }
             })
             .collect();
@@ -630,22 +630,6 @@ fn no_member(cluster: &Cluster) -> ApiError {
     ApiError::new(ErrorKind::WrongState, message).hint(
         "has etcd lost its data, or was an old backup restored? Then restore a newer one. `diorama host leave --force` leaves",
     )
-}
-
-/// Writes a file that only this user may read, whole or not at all.
-fn write_private(file: &Path, text: &[u8]) -> std::io::Result<()> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    let new = file.with_extension("new");
-    // One that a crash has left could be readable.
-    match std::fs::remove_file(&new) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut out = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
-    out.write_all(text)?;
-    out.sync_data()?;
-    std::fs::rename(&new, file)
 }
 
 fn make_private(folder: &Path) -> Result<(), ApiError> {

@@ -183,7 +183,7 @@ async fn pause(
     Path(name): Path<String>,
     Json(request): Json<MachinesRequest>,
 ) -> Response {
-    events(move |operation| agent.pause(&name, &request, operation))
+    events(move |operation| agent.rest(&name, &request, true, operation))
 }
 
 async fn resume(
@@ -191,7 +191,7 @@ async fn resume(
     Path(name): Path<String>,
     Json(request): Json<MachinesRequest>,
 ) -> Response {
-    events(move |operation| agent.resume(&name, &request, operation))
+    events(move |operation| agent.rest(&name, &request, false, operation))
 }
 
 async fn create_snapshot(

@@ -10,6 +10,7 @@
 //! | `restore` | rolling back, and forks |
 //! | `cluster` | membership of a cluster of hosts |
 //! | `span` | environments that span hosts |
+//! | `priority` | how its own threads are scheduled |
 //! | `takeover` | machines that outlived the agent before |
 //! | `keeper` | live captures whose agent has died |
 //! | `ram_cache` | snapshots' memory, ready to be mapped |
@@ -40,6 +41,7 @@ mod keeper;
 mod launch;
 mod operation;
 mod pause;
+mod priority;
 mod problem;
 mod ram_cache;
 mod record;
@@ -62,6 +64,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use diorama_api::{AgentInfo, ApiError, Empty, ErrorKind, Folders, StopAgentRequest};
 use diorama_cluster::directory::{Fence, FencingToken};
+use diorama_qemu::process::Policy;
 use diorama_store::{Location, OpenOptions, PublicKey, Store};
 use diorama_topology::EnvironmentName;
 use tokio::sync::Notify;
@@ -203,11 +206,7 @@ fn host_name() -> String {
         .unwrap_or_else(|| "localhost".to_owned())
 }
 
-/// Gives the calling thread the priority that threads have by default.
+/// Gives the calling thread the priority that threads have by default, whoever began it.
 pub(crate) fn be_ordinary() {
-    use diorama_qemu::process::{Policy, set_thread_policy};
-    let thread = nix::unistd::gettid().as_raw().cast_unsigned();
-    if let Err(error) = set_thread_policy(thread, Policy::Normal { nice: 0 }) {
-        tracing::debug!(%error, "a thread keeps the priority of the one that began it");
-    }
+    priority::schedule_this_thread(Policy::Normal { nice: 0 }, "answering requests");
 }

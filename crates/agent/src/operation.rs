@@ -3,6 +3,7 @@
 //! Invariant: an operation that finds itself cancelled undoes what it began and returns
 //! [`ErrorKind::Cancelled`]; once it has passed its point of no return it does not ask any more.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -81,6 +82,11 @@ impl Operation {
             return Err(ApiError::new(ErrorKind::Cancelled, "cancelled; everything begun was undone"));
         }
         Ok(())
+    }
+
+    /// [`check`](Self::check) for what reads or writes: the error says no more, as whoever sees it asks here why.
+    pub(crate) fn check_io(&self) -> io::Result<()> {
+        if self.is_cancelled() { Err(io::Error::other("cancelled")) } else { Ok(()) }
     }
 
     fn send(&self, notice: Notice) {

@@ -22,40 +22,42 @@ use crate::up::socket_folder;
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 impl Agent {
-    /// Pauses machines, wherever they are; those that are paused already are as good.
-    pub(crate) fn pause(
+    /// Pauses machines (or lets paused ones run), wherever they are; those that are so already are as good.
+    pub(crate) fn rest(
         &self,
         name: &str,
         request: &MachinesRequest,
+        paused: bool,
         operation: &Operation,
     ) -> Result<EnvironmentStatus, ApiError> {
         match self.environment_record(name) {
-            Some(known) => self.rest_in_cluster(&known.value, request, true, operation),
-            None => self.pause_here(name, request, operation),
+            Some(known) => self.rest_in_cluster(&known.value, request, paused, operation),
+            None => self.rest_here(name, request, paused, operation),
         }
     }
 
-    /// Lets paused machines run, wherever they are; those that run already are as good.
-    pub(crate) fn resume(
+    /// Pauses machines of this host, or lets them run.
+    pub(crate) fn rest_here(
+        &self,
+        name: &str,
+        request: &MachinesRequest,
+        paused: bool,
+        operation: &Operation,
+    ) -> Result<EnvironmentStatus, ApiError> {
+        match paused {
+            true => self.pause_here(name, request, operation)?,
+            false => self.resume_here(name, request, operation)?,
+        }
+        self.status_here(name)
+    }
+
+    fn pause_here(
         &self,
         name: &str,
         request: &MachinesRequest,
         operation: &Operation,
-    ) -> Result<EnvironmentStatus, ApiError> {
-        match self.environment_record(name) {
-            Some(known) => self.rest_in_cluster(&known.value, request, false, operation),
-            None => self.resume_here(name, request, operation),
-        }
-    }
-
-    /// Pauses machines of this host.
-    pub(crate) fn pause_here(
-        &self,
-        name: &str,
-        request: &MachinesRequest,
-        operation: &Operation,
-    ) -> Result<EnvironmentStatus, ApiError> {
-        let (slot, guard) = self.slots.enter(name, "pausing", operation)?;
+    ) -> Result<(), ApiError> {
+        let (slot, _guard) = self.slots.enter(name, "pausing", operation)?;
         let mut record = slot.record_if_up()?;
         let chosen = choose(&record, request)?;
         let states = self.machine_states(&slot, &record);
@@ -97,18 +99,16 @@ impl Agent {
             record.save(&slot.folder(&self.folders))?;
             slot.state().record = Some(record);
         }
-        drop(guard);
-        self.status_here(name)
+        Ok(())
     }
 
-    /// Lets paused machines of this host run.
-    pub(crate) fn resume_here(
+    fn resume_here(
         &self,
         name: &str,
         request: &MachinesRequest,
         operation: &Operation,
-    ) -> Result<EnvironmentStatus, ApiError> {
-        let (slot, guard) = self.slots.enter(name, "resuming", operation)?;
+    ) -> Result<(), ApiError> {
+        let (slot, _guard) = self.slots.enter(name, "resuming", operation)?;
         let mut record = slot.record_if_up()?;
         let states = self.machine_states(&slot, &record);
         let (segment, connections) = connections(&slot)?;
@@ -137,8 +137,7 @@ impl Agent {
         self.plane.call(move |plane| plane.release(segment, &resumed));
         record.save(&slot.folder(&self.folders))?;
         slot.state().record = Some(record);
-        drop(guard);
-        self.status_here(name)
+        Ok(())
     }
 }
 

@@ -28,7 +28,7 @@ use crate::record::{
     AcceleratorRecord, BaseRecord, BootRecord, DiskRecord, FormatRecord, HardwareRecord, LayerRecord,
     MachineRecord, Phase, Record, Rest,
 };
-use crate::slot::{OperationGuard, Slot};
+use crate::slot::{OperationGuard, Slot, environment_name};
 use crate::span::{Joining, PartRequest};
 use crate::up::{disk_folder, now, remove_tree, remove_unreferenced_disks, socket_folder};
 
@@ -52,12 +52,7 @@ impl Agent {
         let id = self.resolve_snapshot(&request.snapshot, environment)?;
         let stored = self.load_trusted(&id)?;
         let name = match environment {
-            Some(name) => name.parse().map_err(|error: diorama_topology::NameError| {
-                ApiError::new(
-                    ErrorKind::Invalid,
-                    format!("`{name}` cannot be an environment's name: {error}"),
-                )
-            })?,
+            Some(name) => environment_name(name)?,
             None => stored.manifest.specification.name.clone(),
         };
         if self.cluster().is_some() {
@@ -510,13 +505,8 @@ impl Agent {
         };
         let mut reserved: Vec<(Arc<Slot>, OperationGuard)> = Vec::new();
         let result = names.iter().try_for_each(|text| {
-            let name: EnvironmentName = text.parse().map_err(|error: diorama_topology::NameError| {
-                ApiError::new(
-                    ErrorKind::Invalid,
-                    format!("`{text}` cannot be an environment's name: {error}"),
-                )
-                .hint("choose a short one with `--name`")
-            })?;
+            let name =
+                environment_name(text).map_err(|error| error.hint("choose a short one with `--name`"))?;
             if self.slots.contains(&name) {
                 return Err(ApiError::new(
                     ErrorKind::NameInUse,

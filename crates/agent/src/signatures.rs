@@ -4,9 +4,6 @@
 //! `DIORAMA_TRUSTED_KEYS` names a file of public keys: what none of them has signed is neither restored nor forked, nor sound
 //! to `snapshot verify`.
 
-use std::fs::File;
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use diorama_api::{ApiError, ErrorKind, NewSignerReport, SignatureReport, SignatureState, VerifyProblem};
@@ -14,6 +11,7 @@ use diorama_store::{KeyFileError, PublicKey, Signature, SigningKey, SnapshotId, 
 
 use crate::Agent;
 use crate::problem::{io_error, store_error};
+use crate::store_keys::{variable, write_new};
 
 /// Names the private key that signs.
 pub const SIGNING_KEY: &str = "DIORAMA_SIGNING_KEY";
@@ -44,10 +42,6 @@ pub fn variables() -> Result<Vec<(&'static str, PathBuf)>, ApiError> {
         .collect()
 }
 
-fn variable(name: &str) -> Option<PathBuf> {
-    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
-}
-
 fn key_file_error(error: KeyFileError) -> ApiError {
     let kind = match error {
         KeyFileError::Read { .. } => ErrorKind::Io,
@@ -67,14 +61,8 @@ pub fn new_signer(path: &Path) -> Result<NewSignerReport, ApiError> {
         PathBuf::from(name)
     };
     let (private, public) = SigningKey::generate();
-    let write = |path: &Path, mode: u32, text: &str| {
-        let created = File::options().write(true).create_new(true).mode(mode).open(path);
-        created
-            .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
-            .map_err(|error| io_error(path, &error))
-    };
-    write(path, 0o600, &private)?;
-    write(&public_path, 0o644, &public.to_pem())?;
+    write_new(path, 0o600, private.as_bytes())?;
+    write_new(&public_path, 0o644, public.to_pem().as_bytes())?;
     Ok(NewSignerReport {
         file: path.display().to_string(),
         public_file: public_path.display().to_string(),
@@ -99,22 +87,21 @@ impl Agent {
     }
 
     /// Who has signed a snapshot.
-    pub(crate) fn signature_report(&self, id: &SnapshotId) -> Result<SignatureReport, ApiError> {
-        let signature = self.store.signature(id).map_err(store_error)?;
-        let (state, key) = match &signature {
+    pub(crate) fn signature_report(&self, signature: &Signature) -> SignatureReport {
+        let (state, key) = match signature {
             Signature::None => (SignatureState::None, None),
             Signature::By(key) => (SignatureState::Valid, Some(key.to_string())),
             Signature::Wrong { .. } => (SignatureState::Wrong, None),
         };
-        let trusted = self.trusted.as_ref().map(|trusted| objection(&signature, Some(trusted)).is_none());
-        Ok(SignatureReport { state, key, trusted })
+        let trusted = self.trusted.as_ref().map(|trusted| objection(signature, Some(trusted)).is_none());
+        SignatureReport { state, key, trusted }
     }
 
     /// What is wrong with a snapshot's signature: it has to be by one of the keys in these files' texts, else by one that is
     /// trusted here, else by anybody if there is one.
     pub(crate) fn signature_problem(
         &self,
-        id: &SnapshotId,
+        signature: &Signature,
         signed_by: &[String],
     ) -> Result<Option<VerifyProblem>, ApiError> {
         let mut named = Vec::new();
@@ -122,8 +109,7 @@ impl Agent {
             named.extend(PublicKey::parse_all(text, Path::new("what was given")).map_err(key_file_error)?);
         }
         let wanted = if signed_by.is_empty() { self.trusted.as_deref() } else { Some(&named[..]) };
-        let signature = self.store.signature(id).map_err(store_error)?;
-        Ok(objection(&signature, wanted).map(|problem| VerifyProblem {
+        Ok(objection(signature, wanted).map(|problem| VerifyProblem {
             file: SIGNATURE.to_owned(),
             offset: None,
             problem,

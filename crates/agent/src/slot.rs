@@ -88,6 +88,13 @@ pub(crate) struct OperationGuard {
     slot: Arc<Slot>,
 }
 
+/// Reads an environment's name.
+pub(crate) fn environment_name(text: &str) -> Result<EnvironmentName, ApiError> {
+    text.parse().map_err(|error| {
+        ApiError::new(ErrorKind::Invalid, format!("`{text}` cannot be an environment's name: {error}"))
+    })
+}
+
 impl Slots {
     /// An environment that exists.
     pub(crate) fn get(&self, name: &str) -> Result<Arc<Slot>, ApiError> {

@@ -53,7 +53,9 @@ impl Agent {
 
     /// The same by its id: also what `snapshot create` prints.
     pub(crate) fn report_snapshot(&self, id: &SnapshotId) -> Result<SnapshotReport, ApiError> {
-        Ok(report(&self.store.load(id).map_err(store_error)?, self.signature_report(id)?))
+        let stored = self.store.load(id).map_err(store_error)?;
+        let signature = self.store.signature(id).map_err(store_error)?;
+        Ok(report(&stored, self.signature_report(&signature)))
     }
 
     /// Deletes one. Running environments and other snapshots are not touched.
@@ -94,7 +96,8 @@ impl Agent {
         operation: &Operation,
     ) -> Result<VerifyReport, ApiError> {
         let id = self.resolve_snapshot(query, environment)?;
-        let unsigned = self.signature_problem(&id, &request.signed_by)?;
+        let signature = self.store.signature(&id).map_err(store_error)?;
+        let unsigned = self.signature_problem(&signature, &request.signed_by)?;
         let stored = self.store.load(&id).ok();
         let verified = self
             .store
@@ -114,7 +117,7 @@ impl Agent {
             ok: verified.problems.is_empty() && unsigned.is_none(),
             checked_bytes: verified.checked_bytes,
             frames: stored.as_ref().map(total_frames).unwrap_or_default(),
-            signature: self.signature_report(&id)?,
+            signature: self.signature_report(&signature),
             problems: problems.chain(unsigned).collect(),
         })
     }

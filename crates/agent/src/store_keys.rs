@@ -40,7 +40,6 @@ impl SecretSource {
     /// # Errors
     /// When they name two.
     pub fn from_process() -> Result<Option<Self>, ApiError> {
-        let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         match (variable(PASSPHRASE_FILE), variable(KEY_FILE)) {
             (Some(_), Some(_)) => Err(ApiError::new(
                 ErrorKind::Invalid,
@@ -150,11 +149,22 @@ pub fn remove_key(folders: &Folders, secret: Secret, id: &str) -> Result<String,
 /// # Errors
 /// When it is there, or cannot be written.
 pub fn new_key_file(path: &Path) -> Result<NewKeyFileReport, ApiError> {
-    let failed = |error: std::io::Error| io_error(path, &error);
-    let mut file = File::options().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
-    file.write_all(&*diorama_store::random_key()).and_then(|()| file.sync_all()).map_err(failed)?;
-    let path = fs::canonicalize(path).map_err(failed)?;
+    write_new(path, 0o600, &*diorama_store::random_key())?;
+    let path = fs::canonicalize(path).map_err(|error| io_error(path, &error))?;
     Ok(NewKeyFileReport { file: path.display().to_string() })
+}
+
+/// Writes a file that is not there yet, durably.
+pub(crate) fn write_new(path: &Path, mode: u32, content: &[u8]) -> Result<(), ApiError> {
+    let created = File::options().write(true).create_new(true).mode(mode).open(path);
+    created
+        .and_then(|mut file| file.write_all(content).and_then(|()| file.sync_all()))
+        .map_err(|error| io_error(path, &error))
+}
+
+/// The file that a variable of the process names, if it does.
+pub(crate) fn variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
 fn keyring(folders: &Folders, secret: Secret) -> Result<Keyring, ApiError> {

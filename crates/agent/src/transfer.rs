@@ -171,14 +171,7 @@ impl Agent {
 fn other_store(request: &TransferRequest, create: bool) -> Result<Store, ApiError> {
     let location =
         Location::parse(&request.location, &|name| std::env::var(name).ok()).map_err(store_error)?;
-    let is_there = match &location {
-        Location::Folder(path) => path.join("format").is_file(),
-        Location::S3(_) => {
-            let format = location.backend().and_then(|backend| backend.read("format", 256));
-            format.map_err(store_error)?.is_some()
-        }
-    };
-    if !create && !is_there {
+    if !create && !location.has_store().map_err(store_error)? {
         return Err(ApiError::new(ErrorKind::NotFound, format!("there is no snapshot store in {location}"))
             .hint("the folder of a store is `store` in the DIORAMA_HOME that it belongs to, or what DIORAMA_STORE names"));
     }
@@ -257,22 +250,16 @@ pub(crate) struct Attended<'a, T> {
     pub(crate) operation: &'a Operation,
 }
 
-impl<T> Attended<'_, T> {
-    fn check(&self) -> io::Result<()> {
-        if self.operation.is_cancelled() { Err(io::Error::other("cancelled")) } else { Ok(()) }
-    }
-}
-
 impl<T: Read> Read for Attended<'_, T> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.check()?;
+        self.operation.check_io()?;
         self.inner.read(buffer)
     }
 }
 
 impl<T: Write> Write for Attended<'_, T> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.check()?;
+        self.operation.check_io()?;
         self.inner.write(bytes)
     }
 

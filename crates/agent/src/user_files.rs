@@ -149,13 +149,21 @@ impl UserFiles {
 /// The files of the user's that a machine is made of.
 fn paths(machine: &Machine) -> Vec<&Path> {
     let boot: Vec<&Path> = match &machine.boot {
-        Boot::BuiltIn { .. } => Vec::new(),
+        Boot::BuiltIn { .. } | Boot::DiskImage { .. } => Vec::new(),
         Boot::Kernel { kernel, initrd, .. } => {
             std::iter::once(kernel.as_path()).chain(initrd.as_deref()).collect()
         }
-        Boot::DiskImage { path } => vec![path],
     };
-    boot.into_iter().chain(machine.disks.iter().filter_map(|disk| disk.image.as_deref())).collect()
+    boot.into_iter().chain(images(machine)).collect()
+}
+
+/// Those of them that are images of its disks.
+fn images(machine: &Machine) -> impl Iterator<Item = &Path> {
+    let root = match &machine.boot {
+        Boot::DiskImage { path } => Some(path.as_path()),
+        Boot::BuiltIn { .. } | Boot::Kernel { .. } => None,
+    };
+    root.into_iter().chain(machine.disks.iter().filter_map(|disk| disk.image.as_deref()))
 }
 
 /// The images of disks that were made before and are kept: they must not have changed meanwhile.
@@ -164,14 +172,7 @@ pub(crate) fn check_kept(
     before: &[UserFile],
     now: &[UserFile],
 ) -> Result<(), ApiError> {
-    let images = environment.machines.iter().flat_map(|machine| {
-        let root = match &machine.boot {
-            Boot::DiskImage { path } => Some(path.as_path()),
-            _ => None,
-        };
-        root.into_iter().chain(machine.disks.iter().filter_map(|disk| disk.image.as_deref()))
-    });
-    for image in images {
+    for image in environment.machines.iter().flat_map(images) {
         let find = |files: &[UserFile]| files.iter().find(|file| file.path == image).cloned();
         if let (Some(before), Some(now)) = (find(before), find(now))
             && before != now

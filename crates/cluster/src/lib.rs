@@ -14,7 +14,7 @@ pub mod channel;
 pub mod directory;
 pub mod identity;
 pub mod placement;
-mod private_file;
+pub mod private_file;
 pub mod renewal;
 
 pub use directory::Directory;

@@ -24,7 +24,10 @@ impl FileError {
 }
 
 /// Replaces the file by one of this content, durably. Its folder is made, for the owner alone, if it is not there.
-pub(crate) fn write(path: &Path, content: &[u8]) -> Result<(), FileError> {
+///
+/// # Errors
+/// When one of them cannot be written; nothing has changed then.
+pub fn write(path: &Path, content: &[u8]) -> Result<(), FileError> {
     static UNIQUE: AtomicU64 = AtomicU64::new(0);
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     DirBuilder::new()

@@ -16,10 +16,11 @@ use std::time::Duration;
 use diorama_api::{ApiError, DownRequest, ErrorKind, LeaveHostReport};
 use diorama_cluster::directory::DirectoryError;
 use diorama_cluster::identity::Credentials;
+use diorama_cluster::private_file;
 use diorama_topology::HostName;
 use serde::{Deserialize, Serialize};
 
-use super::{CONFIG_FILE, Cluster, directory_error, internal, is_only_issuer, only_issuer, write_private};
+use super::{CONFIG_FILE, Cluster, directory_error, internal, is_only_issuer, only_issuer};
 use crate::Agent;
 use crate::operation::Operation;
 use crate::problem::io_error;
@@ -150,7 +151,7 @@ impl Agent {
         let left = Left { name: cluster.name.clone(), at: jiff::Timestamp::now(), removed };
         let file = folder.join(LEFT_FILE);
         let text = serde_json::to_vec_pretty(&left).map_err(internal)?;
-        write_private(&file, &text).map_err(|error| io_error(&file, &error))?;
+        private_file::write(&file, &text).map_err(|error| io_error(&error.path, &error.source))?;
         remove_file(&folder.join(CONFIG_FILE))?;
 
         let farewell = async {

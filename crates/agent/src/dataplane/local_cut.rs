@@ -32,7 +32,7 @@ use diorama_switch::{Epoch, Hold, InFlight, NetworkId, PeerId, PortId, Time};
 use serde_json::Value;
 
 use super::command::{Command, Monitor};
-use super::plane::{Io, schedule_this_thread};
+use super::plane::{Io, schedule_plane};
 use super::segment::Segment;
 use crate::capture::GateHandle;
 
@@ -252,7 +252,7 @@ impl LocalCut {
         segment: &mut Segment,
         io: &mut Io<'_>,
     ) -> Self {
-        schedule_this_thread(Policy::First);
+        schedule_plane(Policy::First);
         let now = io.now();
         let machines = job.machines.into_iter().map(Progress::new).collect();
         let mut cut = Self {
@@ -631,7 +631,7 @@ impl LocalCut {
             let channels = segment.channels(epoch).into_iter();
             sent.extend(channels.map(|(peer, network, counts)| (peer, network, counts.sent)));
         }
-        schedule_this_thread(super::plane::POLICY);
+        schedule_plane(super::plane::POLICY);
         let held_at = self.held_at;
         let machines = std::mem::take(&mut self.machines)
             .into_iter()

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
-use diorama_qemu::process::{Policy, set_thread_policy};
+use diorama_qemu::process::Policy;
 use diorama_switch::{Epoch, NetworkId, PeerId, PortId, Time};
 use diorama_tunnel::ReceiveBatch;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -22,6 +22,7 @@ use super::local_cut::{CutFailure, CutJob, CutOutcome, LocalCut};
 use super::peers::Span;
 use super::segment::{Segment, SegmentId, Stopped};
 use super::wire::{Wire, WireCounters};
+use crate::priority::schedule_this_thread;
 
 /// The niceness of virtual CPUs' threads: QEMU's main loop and this thread go before them, or frames and cuts
 /// wait for guests that compute.
@@ -161,7 +162,7 @@ impl Plane {
 
     /// The thread's body.
     pub(super) fn run(&mut self, tasks: &Receiver<Task>) {
-        schedule_this_thread(POLICY);
+        schedule_plane(POLICY);
         let mut events = [EpollEvent::empty(); EVENTS];
         loop {
             let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
@@ -284,7 +285,7 @@ impl Plane {
     /// This host stands ready for a cut, or no more: what begins it may come any moment, and must not wait for guests.
     pub(crate) fn set_poised(&mut self, yes: bool) {
         self.poised = if yes { self.poised + 1 } else { self.poised.saturating_sub(1) };
-        schedule_this_thread(if self.poised > 0 { Policy::First } else { POLICY });
+        schedule_plane(if self.poised > 0 { Policy::First } else { POLICY });
     }
 
     /// Tells every other host of an environment, by the way that frames go, that a cut has begun.
@@ -446,11 +447,8 @@ impl Plane {
 }
 
 /// Changes the data plane's priority.
-pub(super) fn schedule_this_thread(policy: Policy) {
-    let thread = nix::unistd::gettid().as_raw().cast_unsigned();
-    if let Err(error) = set_thread_policy(thread, policy) {
-        tracing::debug!(%error, "the data plane keeps its priority");
-    }
+pub(super) fn schedule_plane(policy: Policy) {
+    schedule_this_thread(policy, "moving frames");
 }
 
 #[cfg(test)]

@@ -127,9 +127,7 @@ impl Work<'_> {
         let operation = self.operation;
         let is_raw = self.request.disks == DiskForm::Raw;
         let sink = |offset: u64, run: &[u8]| -> io::Result<()> {
-            if operation.is_cancelled() {
-                return Err(io::Error::other("cancelled"));
-            }
+            operation.check_io()?;
             let mut at = offset;
             let end = offset + run.len() as u64;
             while at < end {

@@ -51,9 +51,7 @@ impl Work<'_> {
             .map_err(|error| io_error(&path, &error))?;
         let operation = self.operation;
         let sink = |offset: u64, run: &[u8]| -> io::Result<()> {
-            if operation.is_cancelled() {
-                return Err(io::Error::other("cancelled"));
-            }
+            operation.check_io()?;
             let end = offset + run.len() as u64;
             for (segment, at) in segments.iter().zip(&head.offsets) {
                 let (from, to) = (offset.max(segment.offset), end.min(segment.offset + segment.bytes));
@@ -64,7 +62,7 @@ impl Work<'_> {
             }
             Ok(())
         };
-        let (before, mut poured) = (self.done, 0);
+        let mut poured = 0;
         let store = &self.agent.store;
         let (done, total) = (self.done, self.total);
         store
@@ -76,7 +74,6 @@ impl Work<'_> {
                 }
             })
             .map_err(|error| attended_error(operation, error))?;
-        self.done = before;
         self.advance(poured.max(machine.ram.used_bytes));
         Ok(())
     }

@@ -7,7 +7,7 @@ use diorama_api::{ApiError, CaptureMode, ErrorKind, InFlightPolicy, MachineState
 use diorama_cut::loopback::Event;
 use diorama_cut::report::NetworkFrames;
 use diorama_cut::{Drops, Frames, MachineReport};
-use diorama_qemu::process::{Policy, set_thread_policy};
+use diorama_qemu::process::Policy;
 use diorama_store::{
     Accounting, BaseRecord, Capture as StoredCapture, CutRecord, DiskRecord, Dropped, FORMAT, FileRecord,
     Hardware, LayerFormat, LearnedRecord, MachineRecord, Manifest, NetworkRecord, Piece, StoredFrame, Writer,
@@ -23,6 +23,7 @@ use crate::capture::Capture;
 use crate::dataplane::CutOutcome;
 use crate::hardware;
 use crate::operation::Operation;
+use crate::priority::schedule_this_thread;
 use crate::problem::{io_error, store_error};
 use crate::record::{self, BootRecord, FormatRecord, Record};
 use crate::slot::Slot;
@@ -269,10 +270,7 @@ impl Job<'_> {
         machine: &Machine,
         capture: Option<Capture>,
     ) -> Result<MachineRecord, ApiError> {
-        let thread = nix::unistd::gettid().as_raw().cast_unsigned();
-        if let Err(error) = set_thread_policy(thread, Policy::Normal { nice: STORE_NICE }) {
-            tracing::debug!(%error, "storing runs at normal priority");
-        }
+        schedule_this_thread(Policy::Normal { nice: STORE_NICE }, "storing");
         let spec = &self.record.specification.machines[index];
         let up = &self.record.machines[index];
         let ram_path = self.ram_folder.join(&machine.name);
@@ -283,10 +281,8 @@ impl Job<'_> {
             }
             // Cancelled or not: there is no other of a machine at rest.
             Some(capture) => {
-                if !capture.wait_finished(CAPTURE_BOUND) {
-                    capture.discard();
-                }
-                let state = capture.finish().map_err(|error| capture_error(&error))?.state;
+                let captured = capture.finish_within(CAPTURE_BOUND);
+                let state = captured.map_err(|error| capture_error(&error))?.state;
                 self.agent.freeze(self.slot, &machine.name, &ram_path, &state, self.operation);
                 state
             }

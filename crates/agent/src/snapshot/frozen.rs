@@ -52,19 +52,16 @@ impl Attempt<'_> {
         let Some(files) = &self.files else { return };
         let folder = files.folder().to_owned();
         for machine in self.machines.iter_mut().filter(|machine| !machine.runs && machine.migrating) {
-            if machine.capture.as_ref().is_some_and(|capture| capture.wait_finished(CAPTURE_BOUND))
-                && let Some(capture) = machine.capture.take()
-            {
-                match capture.finish() {
-                    Ok(captured) => self.agent.freeze(
-                        &self.slot,
-                        &machine.name,
-                        &folder.join(&machine.name),
-                        &captured.state,
-                        self.operation,
-                    ),
-                    Err(error) => tracing::info!(machine = machine.name, %error, "a capture at rest failed"),
-                }
+            let Some(capture) = machine.capture.take() else { continue };
+            match capture.finish_within(CAPTURE_BOUND) {
+                Ok(captured) => self.agent.freeze(
+                    &self.slot,
+                    &machine.name,
+                    &folder.join(&machine.name),
+                    &captured.state,
+                    self.operation,
+                ),
+                Err(error) => tracing::info!(machine = machine.name, %error, "a capture at rest failed"),
             }
         }
     }
@@ -72,12 +69,10 @@ impl Attempt<'_> {
     /// Machines that their guests have switched off just before the cut stay off. QEMU before 8.2.50 lets a machine run
     /// after a live capture, whatever it did before.
     pub(super) fn keep_off(&mut self, outcome: &CutOutcome) {
-        for (result, index) in
-            outcome.machines.iter().filter(|result| result.powered_off).filter_map(|result| {
-                let index = self.machines.iter().position(|machine| machine.name == result.name)?;
-                Some((result, index))
-            })
-        {
+        for result in outcome.machines.iter().filter(|result| result.powered_off) {
+            let Some(index) = self.machines.iter().position(|machine| machine.name == result.name) else {
+                continue;
+            };
             let mut state = self.slot.state();
             if let Some(monitor) = state.machine(&result.name).and_then(|machine| machine.monitor.as_mut())
                 && let Err(error) = monitor.execute("stop", Value::Null, COMMAND_LIMIT)

@@ -22,6 +22,8 @@ use diorama_cluster::placement::{self, Wanted};
 use diorama_store::SnapshotId;
 use diorama_topology::{Environment, EnvironmentName, MachineName};
 use diorama_tunnel::{Ip, Protection, guest_mtu};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::parts::{GoRequest, PartDownRequest, PartReport, PartRequest, READY_STEP};
 use crate::Agent;
@@ -29,6 +31,7 @@ use crate::cluster::{Cluster, MACHINE_OVERHEAD_BYTES, directory_error};
 use crate::operation::Operation;
 use crate::record::{SpanHost, SpanRecord};
 use crate::restore::MAX_FORKS;
+use crate::slot::environment_name;
 use crate::user_files::UserFile;
 
 /// How long parts may take to stand ready.
@@ -175,18 +178,7 @@ impl Agent {
         let Ok(cluster) = self.cluster_or_error() else { return Vec::new() };
         let request = PartDownRequest { down: request, token: lock.token() };
         let path = format!("/v1/peer/environments/{name}/down");
-        cluster.wait(async {
-            let mut asked = tokio::task::JoinSet::new();
-            for host in hosts {
-                let (client, path, host) = (cluster.client(*host), path.clone(), *host);
-                let request = request.clone();
-                asked.spawn(async move {
-                    let result = client.operate(&path, &request, |_| {}).await.map_err(ApiError::from);
-                    (host, result)
-                });
-            }
-            asked.join_all().await
-        })
+        ask_parts(&cluster, &path, hosts.iter().map(|host| (*host, request.clone())))
     }
 
     /// What every environment of the cluster does.
@@ -374,13 +366,7 @@ impl Agent {
                         "choose another name with `--name`, or stop that one with `diorama down --volumes`",
                     ));
                 }
-                text.parse().map_err(|error: diorama_topology::NameError| {
-                    ApiError::new(
-                        ErrorKind::Invalid,
-                        format!("`{text}` cannot be an environment's name: {error}"),
-                    )
-                    .hint("choose a short one with `--name`")
-                })
+                environment_name(&text).map_err(|error| error.hint("choose a short one with `--name`"))
             })
             .collect()
     }
@@ -526,6 +512,29 @@ pub(super) fn release(cluster: &Cluster, lock: InitiatorLock) {
     if let Err(error) = cluster.wait(lock.release()) {
         tracing::warn!(%error, "a lock is given back later");
     }
+}
+
+/// Asks hosts for something of their parts, all at once, and returns what each said.
+pub(super) fn ask_parts<Q, T>(
+    cluster: &Cluster,
+    path: &str,
+    requests: impl IntoIterator<Item = (HostId, Q)>,
+) -> Vec<(HostId, Result<T, ApiError>)>
+where
+    Q: Serialize + Send + Sync + 'static,
+    T: DeserializeOwned + Send + 'static,
+{
+    cluster.wait(async {
+        let mut asked = tokio::task::JoinSet::new();
+        for (host, request) in requests {
+            let (client, path) = (cluster.client(host), path.to_owned());
+            asked.spawn(async move {
+                let result = client.operate(&path, &request, |_| {}).await.map_err(ApiError::from);
+                (host, result)
+            });
+        }
+        asked.join_all().await
+    })
 }
 
 /// Chooses hosts; machines that have one keep it where they can.

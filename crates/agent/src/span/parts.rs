@@ -13,7 +13,7 @@ use diorama_cluster::directory::FencingToken;
 use diorama_cut::message::Body;
 use diorama_cut::participant::Input;
 use diorama_cut::{CutId, Epoch, Message, ParticipantId, SnapshotId, initiator};
-use diorama_qemu::process::{Policy, set_thread_policy};
+use diorama_qemu::process::Policy;
 use diorama_store::SnapshotId as StoredId;
 use diorama_switch::geneve::Vni;
 use diorama_switch::{NetworkId, PeerId};
@@ -25,8 +25,9 @@ use super::sessions::{KeyRequest, SessionRequest, SessionWanted, Spanned, Spanne
 use crate::Agent;
 use crate::dataplane::{SegmentId, Span};
 use crate::operation::Operation;
+use crate::priority::schedule_this_thread;
 use crate::record::{Doubt, Phase, SpanRecord};
-use crate::slot::Slot;
+use crate::slot::{Slot, environment_name};
 use crate::snapshot::{PartWorker, Post, wall_clock_us};
 use crate::user_files::UserFile;
 
@@ -205,10 +206,7 @@ impl Agent {
         operation: &Operation,
     ) -> Result<EnvironmentStatus, ApiError> {
         self.admit(&environment_name(name)?, request.token)?;
-        match request.paused {
-            true => self.pause_here(name, &request.machines, operation),
-            false => self.resume_here(name, &request.machines, operation),
-        }
+        self.rest_here(name, &request.machines, request.paused, operation)
     }
 
     /// Waits until every host stands ready and this one is told to go on.
@@ -495,22 +493,13 @@ pub(crate) fn prefer_this_thread() {
         static DONE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
     }
     if !DONE.replace(true) {
-        let thread = nix::unistd::gettid().as_raw().cast_unsigned();
-        if let Err(error) = set_thread_policy(thread, Policy::Normal { nice: CUT_NICE }) {
-            tracing::debug!(%error, "messages of cuts are handled at normal priority");
-        }
+        schedule_this_thread(Policy::Normal { nice: CUT_NICE }, "messages of cuts");
     }
 }
 
 /// An error's class, in the word that documents have for it.
 fn word(kind: ErrorKind) -> String {
     serde_json::to_value(kind).ok().and_then(|word| word.as_str().map(str::to_owned)).unwrap_or_default()
-}
-
-fn environment_name(text: &str) -> Result<EnvironmentName, ApiError> {
-    text.parse().map_err(|error| {
-        ApiError::new(ErrorKind::Invalid, format!("`{text}` cannot be an environment's name: {error}"))
-    })
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {

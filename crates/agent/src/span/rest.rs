@@ -9,6 +9,7 @@ use diorama_api::{ApiError, EnvironmentStatus, ErrorKind, MachinesRequest};
 use diorama_cluster::HostId;
 use diorama_cluster::directory::EnvironmentRecord;
 
+use super::coordinate::{ask_parts, release};
 use super::parts::PartRestRequest;
 use crate::Agent;
 use crate::cluster::directory_error;
@@ -29,21 +30,14 @@ impl Agent {
         let (purpose, done) = if paused { ("pause", "paused") } else { ("resume", "resumed") };
         let lock = cluster.wait(cluster.directory.lock(name, purpose)).map_err(directory_error)?;
         operation.step(if paused { "pausing machines" } else { "resuming machines" });
-        let path = format!("/v1/peer/environments/{name}/rest");
-        let results: Vec<(HostId, Result<EnvironmentStatus, ApiError>)> = cluster.wait(async {
-            let mut asked = tokio::task::JoinSet::new();
-            for (host, machines) in chosen {
-                let (client, path) = (cluster.client(host), path.clone());
-                let machines = MachinesRequest { machines };
-                let request = PartRestRequest { machines, paused, token: lock.token() };
-                asked.spawn(async move {
-                    let result = client.operate(&path, &request, |_| {}).await.map_err(ApiError::from);
-                    (host, result)
-                });
-            }
-            asked.join_all().await
+        let requests = chosen.into_iter().map(|(host, machines)| {
+            let machines = MachinesRequest { machines };
+            (host, PartRestRequest { machines, paused, token: lock.token() })
         });
-        super::coordinate::release(&cluster, lock);
+        let path = format!("/v1/peer/environments/{name}/rest");
+        let results: Vec<(HostId, Result<EnvironmentStatus, ApiError>)> =
+            ask_parts(&cluster, &path, requests);
+        release(&cluster, lock);
         let results = results.into_iter().map(|(host, result)| (cluster.name_of(host), result.map(drop)));
         failures(results.collect(), done)?;
         self.status_in_cluster(record)

@@ -2,9 +2,10 @@
 //! thread is late by whole time slices, whatever its niceness: that counts among the threads of one session alone where the
 //! kernel groups them by session (autogroup), and each machine is a session of its own.
 
-use diorama_qemu::process::{Policy, set_thread_policy};
+use diorama_qemu::process::Policy;
 
 use crate::dataplane::DataPlane;
+use crate::priority::schedule_this_thread;
 
 /// The calling thread goes before all ordinary ones, for as long as this lives. Only root may; for others nothing changes.
 #[derive(Debug)]
@@ -47,8 +48,5 @@ impl Drop for Poised<'_> {
 }
 
 fn schedule(policy: Policy) {
-    let thread = nix::unistd::gettid().as_raw().cast_unsigned();
-    if let Err(error) = set_thread_policy(thread, policy) {
-        tracing::debug!(%error, "a thread that a cut waits for keeps its priority");
-    }
+    schedule_this_thread(policy, "a cut waits for it");
 }

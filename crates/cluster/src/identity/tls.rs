@@ -80,7 +80,7 @@ impl Tls {
             .add(CertificateDer::from(credentials.certificate().authority.clone()))
             .map_err(TlsError::new)?;
         let roots = Arc::new(roots);
-        let certificate = Arc::new(CurrentCertificate(RwLock::new(certified_key(credentials)?)));
+        let certificate = Arc::new(CurrentCertificate(RwLock::new(in_use(credentials)?)));
         let clients = WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), provider())
             .build()
             .map_err(TlsError::new)?;
@@ -125,14 +125,19 @@ impl Tls {
         if credentials.host_id() != self.host {
             return Err(TlsError::new("the renewed certificate is another host's"));
         }
-        let certified = certified_key(credentials)?;
-        *self.certificate.0.write().unwrap_or_else(PoisonError::into_inner) = certified;
+        let renewed = in_use(credentials)?;
+        *self.certificate.0.write().unwrap_or_else(PoisonError::into_inner) = renewed;
         Ok(())
     }
 
     /// This host.
     pub fn host(&self) -> HostId {
         self.host
+    }
+
+    /// Until when the certificate that it uses is good.
+    pub fn certificate_until(&self) -> jiff::Timestamp {
+        self.certificate.0.read().unwrap_or_else(PoisonError::into_inner).until
     }
 
     /// Who belongs to the cluster.
@@ -246,7 +251,7 @@ fn without_resumption(config: &mut ServerConfig) {
     config.max_early_data_size = 0;
 }
 
-fn certified_key(credentials: &Credentials) -> Result<Arc<CertifiedKey>, TlsError> {
+fn in_use(credentials: &Credentials) -> Result<InUse, TlsError> {
     let certificate = credentials.certificate();
     let chain = vec![
         CertificateDer::from(certificate.der.clone()),
@@ -255,15 +260,20 @@ fn certified_key(credentials: &Credentials) -> Result<Arc<CertifiedKey>, TlsErro
     ];
     let key =
         provider().key_provider.load_private_key(credentials.key().private_der()).map_err(TlsError::new)?;
-    Ok(Arc::new(CertifiedKey::new(chain, key)))
+    Ok(InUse { key: Arc::new(CertifiedKey::new(chain, key)), until: certificate.not_after })
+}
+
+struct InUse {
+    key: Arc<CertifiedKey>,
+    until: jiff::Timestamp,
 }
 
 /// This host's certificate, which a renewal replaces.
-struct CurrentCertificate(RwLock<Arc<CertifiedKey>>);
+struct CurrentCertificate(RwLock<InUse>);
 
 impl CurrentCertificate {
     fn get(&self) -> Arc<CertifiedKey> {
-        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner).key)
     }
 }
 
@@ -485,7 +495,7 @@ pub(crate) fn blind_client(credentials: Option<&Credentials>, alpn: &[&[u8]]) ->
     let builder = client_builder().unwrap().dangerous().with_custom_certificate_verifier(Arc::new(Blind));
     let mut client = match credentials {
         Some(credentials) => {
-            let certificate = CurrentCertificate(RwLock::new(certified_key(credentials).unwrap()));
+            let certificate = CurrentCertificate(RwLock::new(in_use(credentials).unwrap()));
             builder.with_client_cert_resolver(Arc::new(certificate))
         }
         None => builder.with_no_client_auth(),

@@ -1,0 +1,11 @@
+//! The priority of the agent's own threads. Only root may raise it; for others nothing changes.
+
+use diorama_qemu::process::{Policy, set_thread_policy};
+
+/// Schedules the calling thread so; `what` it does is for the log, if it may not.
+pub(crate) fn schedule_this_thread(policy: Policy, what: &'static str) {
+    let thread = nix::unistd::gettid().as_raw().cast_unsigned();
+    if let Err(error) = set_thread_policy(thread, policy) {
+        tracing::debug!(what, %error, "a thread keeps its priority");
+    }
+}
