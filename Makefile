@@ -31,7 +31,7 @@ help: ## say what there is
 		while IFS='|' read -r name text; do printf '%-13s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo 'Variables: PREFIX (install; /usr/local), DESTDIR (install),'
-	@echo 'ARGS (bench), CARGO_TARGET_DIR (target).'
+	@echo 'ARGS (bench), CASES (fuzz), CARGO_TARGET_DIR (target).'
 
 # apt-get as root, for the recipes below.
 define as_apt
@@ -125,8 +125,8 @@ licences: ## check the licences of all dependencies (deny.toml)
 
 # What the store is compared with.
 bench: PACKAGES += restic borgbackup
-bench: packages build images ## measure; ARGS go to the benchmark
-	cargo run --release -p diorama-bench -- $(ARGS)
+bench: packages build images ## measure; ARGS go to the benchmark (all)
+	cargo run --release -p diorama-bench -- $(or $(ARGS),all)
 
 install: build images ## install to PREFIX: the binary and the image
 	install -D -m 755 $(TARGET)/release/diorama $(DESTDIR)$(PREFIX)/bin/diorama

@@ -1,4 +1,4 @@
-//! Measures Diorama: everything in docs/benchmarks.md is printed by this program.
+//! Measures Diorama: what docs/benchmarks.md has in tables is printed by this program, unless it says otherwise.
 //!
 //! | module | owns |
 //! | --- | --- |
@@ -79,7 +79,7 @@ enum Benchmark {
     Tunnel(tunnel::Arguments),
     /// Write protection of memory in small and in huge pages (as root)
     Protect(protect::Arguments),
-    /// All of them, in the order protect, switch, tunnel, restore, consistency, snapshot, cluster
+    /// Most of them, in the order protect, switch, tunnel, restore, consistency, snapshot, cluster; not store, collection, idle
     All(All),
     /// The data plane alone between two sockets, for `switch`
     #[command(hide = true)]

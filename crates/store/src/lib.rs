@@ -36,7 +36,8 @@
 //! # Invariants
 //!
 //! * A snapshot is there when its manifest is, and not before; everything that it needs is durable by then.
-//! * An encrypted store is so from its first object on: what is below its backend is sealed but `format` and `keys/`.
+//! * An encrypted store is so from its first object on: what is below its backend is sealed but `format` and `keys/`
+//!   (and in a bucket `sessions/` and `cache/clock`, which hold nothing of snapshots).
 //! * No object is changed in place, and no key of a pack is ever used twice.
 //! * What is in the store is hostile until its hash has been checked, and its claims until they are in bounds:
 //!   nothing is handed out or allocated before.

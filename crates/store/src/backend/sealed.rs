@@ -8,7 +8,8 @@
 //! | `names/<environment>/<name>` | `names/<hidden>/<hidden>`, sealed as a whole |
 //! | everything else | under the same key, sealed as a whole |
 //!
-//! `format` and `keys/` are not read or written through this.
+//! `format` and `keys/` are not read or written through this, nor what a bucket's backend keeps for itself: `sessions/` and
+//! `cache/clock`.
 //!
 //! Invariant: what is handed out was sealed by somebody who has the store's key, under this very key.
 

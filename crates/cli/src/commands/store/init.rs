@@ -11,7 +11,7 @@ use crate::secret::{self, NewSecret};
 /// Make the store, encrypted if wanted
 ///
 /// A store that is not encrypted is made by itself when it is needed. One that is has to be made by this command, before
-/// the first snapshot: a store is encrypted from its beginning or never. Everything in it then is, names too. What
+/// the first command that starts an agent (or elsewhere, with DIORAMA_STORE): a store is encrypted from its beginning or never. Everything in it then is, names too. What
 /// machines have in memory and on their disks while they run is not in the store.
 ///
 /// Whoever loses every passphrase and key file has lost the snapshots.

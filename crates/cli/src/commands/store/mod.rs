@@ -29,7 +29,7 @@ Examples:
   diorama store stats
   diorama store check --read-data
   diorama store gc --dry-run
-  diorama store init --encrypt     before the first snapshot
+  diorama store init --encrypt     before the first `diorama up`
   diorama store push before --to /mnt/backup/store
 
 See also: diorama snapshot prune, diorama snapshot verify")]

@@ -23,7 +23,7 @@ pub struct Arguments {
     #[arg(required = true, value_parser = not_empty)]
     snapshots: Vec<String>,
 
-    /// The other store: a folder
+    /// The other store: a folder, or s3://BUCKET/PREFIX
     #[arg(long, value_name = "LOCATION", value_parser = not_empty, value_hint = clap::ValueHint::DirPath)]
     from: String,
 

@@ -18,6 +18,7 @@ use crate::session::Session;
 #[command(after_long_help = "\
 Examples:
   diorama store push before after --to /mnt/backup/store
+  diorama store push before --to s3://lab/diorama
   diorama store push 3f9a --to ../other/store --name theirs
 
 See also: diorama store pull, diorama export")]
@@ -26,7 +27,7 @@ pub struct Arguments {
     #[arg(required = true, value_parser = not_empty, add = completion::snapshots())]
     snapshots: Vec<String>,
 
-    /// The other store: a folder, which is made if it is not there
+    /// The other store: a folder, which is made if it is not there, or s3://BUCKET/PREFIX
     #[arg(long, value_name = "LOCATION", value_parser = not_empty, value_hint = clap::ValueHint::DirPath)]
     to: String,
 
