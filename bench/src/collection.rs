@@ -58,11 +58,11 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
     let started = Instant::now();
     let ids = fill(folder.path(), &path, snapshots, arguments.new_pages)?;
     let fill_s = started.elapsed().as_secs_f64();
-    let store = Store::open(&path).map_err(stored)?;
-    let before = store.stats().map_err(stored)?;
+    let store = Store::open(&path)?;
+    let before = store.stats()?;
     say("collection: removing the older half");
     for id in &ids[..ids.len() / 2] {
-        store.remove(id).map_err(stored)?;
+        store.remove(id)?;
     }
     drop(store);
     say("collection: collecting");
@@ -105,10 +105,10 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
 /// The process that collects.
 pub(crate) fn collect(path: &Path) -> Result<(), Failure> {
     let started = Instant::now();
-    let store = Store::open(path).map_err(stored)?;
+    let store = Store::open(path)?;
     let open_ms = started.elapsed().as_secs_f64() * 1e3;
     let started = Instant::now();
-    let collected = store.collect(CollectOptions::default(), &mut |_, _| {}).map_err(stored)?;
+    let collected = store.collect(CollectOptions::default(), &mut |_, _| {})?;
     let report = Report {
         open_ms,
         collect_ms: started.elapsed().as_secs_f64() * 1e3,
@@ -135,7 +135,7 @@ fn peak_resident_bytes() -> Result<u64, Failure> {
 }
 
 fn fill(folder: &Path, path: &Path, snapshots: u64, new_pages: u64) -> Result<Vec<SnapshotId>, Failure> {
-    let store = Store::open(path).map_err(stored)?;
+    let store = Store::open(path)?;
     let memory = File::options()
         .read(true)
         .write(true)
@@ -158,7 +158,7 @@ fn fill(folder: &Path, path: &Path, snapshots: u64, new_pages: u64) -> Result<Ve
             }
             memory.write_all_at(&page, new % PAGES * PAGE).map_err(Failure::io("cannot write memory"))?;
         }
-        ids.push(commit(&store, &memory, snapshot).map_err(stored)?);
+        ids.push(commit(&store, &memory, snapshot)?);
     }
     Ok(ids)
 }
@@ -192,10 +192,6 @@ fn commit(store: &Store, memory: &File, number: u64) -> Result<SnapshotId, Store
     });
     let manifest: Manifest = serde_json::from_value(manifest).expect("a manifest's fields are these");
     writer.commit(manifest)
-}
-
-fn stored(error: StoreError) -> Failure {
-    Failure::Command { command: "the store".to_owned(), reason: error.to_string() }
 }
 
 /// Its hidden command.

@@ -25,7 +25,7 @@ use crate::Common;
 use crate::failure::Failure;
 use crate::figures::{Outcome, Sample, ms, table};
 use crate::lab::{self, Lab, say};
-use crate::load::{self, Load, Reading, TOKENS};
+use crate::load::{self, Load, MACHINES, Reading, TOKENS};
 use crate::snapshot::remove;
 
 const ENVIRONMENT: &str = "bench";
@@ -187,7 +187,7 @@ struct Timed {
 
 impl Timed {
     fn take(lab: &Lab) -> Result<Self, Failure> {
-        Ok(Self { at: Instant::now(), reading: Reading::take(lab, ENVIRONMENT)? })
+        Ok(Self { at: Instant::now(), reading: Reading::take(lab, ENVIRONMENT, MACHINES)? })
     }
 }
 

@@ -21,6 +21,12 @@ pub(crate) enum Failure {
     NeedsRoot(&'static str),
     #[error("the switch under test passed no frame within a second")]
     NoFrames,
+    #[error("the store: {0}")]
+    Store(#[from] diorama_store::StoreError),
+    #[error("what `diorama` printed as a snapshot's id: {0}")]
+    Id(#[from] diorama_store::ParseIdError),
+    #[error("the key: {0}")]
+    Secret(#[from] diorama_store::SecretError),
     #[error("interrupted")]
     Interrupted,
 }

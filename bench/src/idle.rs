@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 use diorama_api::SnapshotReport;
-use diorama_store::{SnapshotId, Store, StoreError};
+use diorama_store::{SnapshotId, Store};
 
 use crate::Common;
 use crate::failure::Failure;
@@ -45,7 +45,7 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
         lab::sleep(Duration::from_secs(arguments.interval))?;
     }
     load::stop(&lab, ENVIRONMENT)?;
-    let store = Store::open(&lab.home().join("store")).map_err(stored)?;
+    let store = Store::open(&lab.home().join("store"))?;
     let mut rows = Vec::new();
     let mut json = Vec::new();
     for pair in reports.windows(2) {
@@ -98,15 +98,7 @@ fn changed_pages(
 
 fn memory(store: &Store, folder: &Path, id: &str, machine: &str) -> Result<File, Failure> {
     let file = tempfile::tempfile_in(folder).map_err(Failure::io("cannot make a file for memory"))?;
-    let id: SnapshotId = id.parse().map_err(|error: diorama_store::ParseIdError| Failure::Output {
-        command: "diorama snapshot create".to_owned(),
-        reason: error.to_string(),
-    })?;
-    let loaded = store.load(&id).map_err(stored)?;
-    store.copy_ram(&loaded, machine, &file, &mut |_, _| {}).map_err(stored)?;
+    let loaded = store.load(&id.parse::<SnapshotId>()?)?;
+    store.copy_ram(&loaded, machine, &file, &mut |_, _| {})?;
     Ok(file)
-}
-
-fn stored(error: StoreError) -> Failure {
-    Failure::Command { command: "the store".to_owned(), reason: error.to_string() }
 }

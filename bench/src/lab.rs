@@ -70,17 +70,11 @@ pub(crate) struct Lab {
 impl Lab {
     /// New folders; the agent starts with the first command.
     pub(crate) fn new() -> Result<Self, Failure> {
-        let folder = |parent: PathBuf| {
-            tempfile::Builder::new()
-                .prefix("dio-bench-")
-                .tempdir_in(&parent)
-                .map_err(Failure::io(format!("cannot make a folder in {}", parent.display())))
-        };
         Ok(Self {
             binary: binary()?,
-            home: folder(std::env::temp_dir())?,
+            home: folder(&std::env::temp_dir())?,
             // On tmpfs, as the default is: or restored machines cannot be snapshotted live.
-            runtime: folder(PathBuf::from("/dev/shm"))?,
+            runtime: folder(Path::new("/dev/shm"))?,
             host: None,
         })
     }
@@ -199,6 +193,34 @@ fn binary() -> Result<PathBuf, Failure> {
     };
     let path = std::path::absolute(&path).map_err(Failure::io("cannot find the binary"))?;
     if path.is_file() { Ok(path) } else { Err(Failure::NoBinary(path)) }
+}
+
+/// Runs `ip`, of iproute2.
+pub(crate) fn ip(arguments: &[&str]) -> Result<(), Failure> {
+    let output = Command::new("ip")
+        .args(arguments)
+        .output()
+        .map_err(Failure::io("cannot run ip (Debian's iproute2)"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(Failure::Command {
+        command: format!("ip {}", arguments.join(" ")),
+        reason: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+    })
+}
+
+/// Fails unless this is root; `what` needs it.
+pub(crate) fn need_root(what: &'static str) -> Result<(), Failure> {
+    if nix::unistd::geteuid().is_root() { Ok(()) } else { Err(Failure::NeedsRoot(what)) }
+}
+
+/// A new folder below `parent`, gone with the value.
+pub(crate) fn folder(parent: &Path) -> Result<TempDir, Failure> {
+    tempfile::Builder::new()
+        .prefix("dio-bench-")
+        .tempdir_in(parent)
+        .map_err(Failure::io(format!("cannot make a folder in {}", parent.display())))
 }
 
 /// What a process has used of the processors since it began.

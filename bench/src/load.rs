@@ -99,16 +99,21 @@ pub(crate) struct Program {
     pub(crate) last_hops: BTreeMap<String, u64>,
 }
 
-/// What all programs of each machine say, in the order of [`MACHINES`].
+/// What all programs of each machine say, machine by machine.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Reading(pub(crate) Vec<Vec<Program>>);
 
 impl Reading {
-    /// Asks all machines at once.
-    pub(crate) fn take(lab: &Lab, environment: &str) -> Result<Self, Failure> {
+    /// Asks all those machines at once.
+    pub(crate) fn take<'a>(
+        lab: &Lab,
+        environment: &str,
+        machines: impl IntoIterator<Item = &'a str>,
+    ) -> Result<Self, Failure> {
         std::thread::scope(|scope| {
+            let machines = machines.into_iter();
             let reads: Vec<_> =
-                MACHINES.iter().map(|machine| scope.spawn(move || read(lab, environment, machine))).collect();
+                machines.map(|machine| scope.spawn(move || read(lab, environment, machine))).collect();
             let readings = reads.into_iter().map(|read| read.join().expect("reading does not panic"));
             readings.collect::<Result<Vec<_>, _>>().map(Self)
         })
@@ -117,6 +122,11 @@ impl Reading {
     /// Every program of that kind.
     pub(crate) fn of_kind<'a>(&'a self, kind: &'a str) -> impl Iterator<Item = &'a Program> {
         self.0.iter().flatten().filter(move |program| program.kind == kind)
+    }
+
+    /// A figure of every program of that kind, summed.
+    pub(crate) fn sum(&self, kind: &str, field: fn(&Program) -> u64) -> u64 {
+        self.of_kind(kind).map(field).sum()
     }
 }
 
@@ -132,7 +142,7 @@ fn wait_for_traffic(lab: &Lab, name: &str) -> Result<(), Failure> {
     let end = Instant::now() + READY;
     while Instant::now() < end {
         // Not there yet is no failure: the shell finds no file until the program has written one.
-        if let Ok(reading) = Reading::take(lab, name) {
+        if let Ok(reading) = Reading::take(lab, name, MACHINES) {
             let flows = reading.of_kind("udp-recv").all(|program| program.received > 0)
                 && reading.of_kind("tcp-serve").all(|program| program.bytes > 0)
                 && reading.of_kind("token-ring").all(|program| program.last_hops.len() == TOKENS);

@@ -26,10 +26,9 @@ use nix::sched::{CloneFlags, setns};
 use serde::Serialize;
 
 use crate::Common;
-use crate::cluster::hosts::ip;
 use crate::failure::Failure;
 use crate::figures::{Outcome, Sample, table, times};
-use crate::lab::say;
+use crate::lab::{ip, need_root, say};
 use crate::switch::pin;
 
 const SENDER_CORE: usize = 0;
@@ -88,9 +87,7 @@ struct Row {
 
 /// Measures.
 pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Failure> {
-    if !nix::unistd::geteuid().is_root() {
-        return Err(Failure::NeedsRoot("two network namespaces"));
-    }
+    need_root("two network namespaces")?;
     let (seconds, count) = if common.quick { (0.3, 1) } else { (arguments.seconds, arguments.count) };
     let hosts = Pair::new()?;
     let full = guest_mtu(1500, Ip::V4, Protection::Sealed).map_or(1420, |mtu| usize::from(mtu) + 14);
@@ -176,7 +173,6 @@ impl Pair {
                 let sent = send(socket?, from, (address(2), payload), length, &measured);
                 // What is on its way comes within this, or not at all.
                 std::thread::sleep(Duration::from_millis(50));
-                ends.store(true, Ordering::Relaxed);
                 sent
             });
             let sent = sender.join().expect("sending does not panic");
@@ -303,12 +299,12 @@ fn text(rows: &[Row], seconds: f64, count: u32) -> String {
     let lines: Vec<Vec<String>> = rows
         .iter()
         .map(|row| {
-            let plain =
-                rows.iter().find(|other| other.frame_bytes == row.frame_bytes && other.way == WAYS[0].1);
-            let vxlan =
-                rows.iter().find(|other| other.frame_bytes == row.frame_bytes && other.way == WAYS[1].1);
-            let ratio = |other: Option<&Row>| {
-                times(row.received_per_second, other.map_or(0.0, |other| other.received_per_second))
+            let to = |way: Way| {
+                let of = rows
+                    .iter()
+                    .zip(WAYS.iter().cycle())
+                    .find(|(other, (of, _))| other.frame_bytes == row.frame_bytes && *of == way);
+                times(row.received_per_second, of.map_or(0.0, |(other, _)| other.received_per_second))
             };
             vec![
                 row.way.to_owned(),
@@ -316,8 +312,8 @@ fn text(rows: &[Row], seconds: f64, count: u32) -> String {
                 format!("{:.0}", row.received_per_second / 1e3),
                 format!("{:.2}", row.gigabits_per_second),
                 format!("{:.0} %", row.lost_share * 100.0),
-                ratio(plain),
-                ratio(vxlan),
+                to(Way::Plain),
+                to(Way::Vxlan),
             ]
         })
         .collect();

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use tempfile::TempDir;
 
 use crate::failure::Failure;
-use crate::lab::{self, Lab, say};
+use crate::lab::{self, Lab, ip, need_root, say};
 
 /// How many.
 pub(super) const HOSTS: usize = 3;
@@ -44,9 +44,7 @@ struct Member {
 impl Hosts {
     /// Makes the namespaces, and a cluster of the agents in them.
     pub(super) fn new() -> Result<Self, Failure> {
-        if !nix::unistd::geteuid().is_root() {
-            return Err(Failure::NeedsRoot("a cluster of network namespaces"));
-        }
+        need_root("a cluster of network namespaces")?;
         let folder = tempfile::Builder::new()
             .prefix("dio-bench-")
             .tempdir()
@@ -171,18 +169,4 @@ fn end_all_in(namespace: &str) {
     for pid in String::from_utf8_lossy(&output.stdout).lines().filter_map(|pid| pid.trim().parse().ok()) {
         let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
     }
-}
-
-pub(crate) fn ip(arguments: &[&str]) -> Result<(), Failure> {
-    let output = Command::new("ip")
-        .args(arguments)
-        .output()
-        .map_err(Failure::io("cannot run ip (Debian's iproute2)"))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(Failure::Command {
-        command: format!("ip {}", arguments.join(" ")),
-        reason: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-    })
 }

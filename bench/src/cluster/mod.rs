@@ -17,7 +17,7 @@ use crate::Common;
 use crate::failure::Failure;
 use crate::figures::{Outcome, Sample, Summary, ms, table};
 use crate::lab::{self, Lab, say};
-use crate::load::{Program, cores_used};
+use crate::load::{Program, Reading, cores_used};
 use crate::snapshot::remove;
 use hosts::{HOSTS, Hosts};
 
@@ -173,8 +173,8 @@ fn start_traffic(lab: &Lab, arguments: &Arguments) -> Result<(), Failure> {
     while Instant::now() < end {
         // Not there yet is no failure.
         if let Ok(looked) = Looked::take(lab)
-            && looked.sum("udp-recv", |program| program.received) > 0
-            && looked.of_kind("tcp-serve").filter(|program| program.bytes > 0).count() == PAIRS.len()
+            && looked.reading.sum("udp-recv", |program| program.received) > 0
+            && looked.reading.of_kind("tcp-serve").filter(|program| program.bytes > 0).count() == PAIRS.len()
         {
             return lab::sleep(Duration::from_secs(3));
         }
@@ -186,38 +186,20 @@ fn start_traffic(lab: &Lab, arguments: &Arguments) -> Result<(), Failure> {
 /// What all programs say, and when.
 struct Looked {
     at: Instant,
-    programs: Vec<Program>,
+    reading: Reading,
 }
 
 impl Looked {
     fn take(lab: &Lab) -> Result<Self, Failure> {
         let at = Instant::now();
-        let mut programs = Vec::new();
-        for (machine, _) in MACHINES {
-            let text = lab.guest(ENVIRONMENT, machine, "cat /run/load/*.json")?;
-            for program in serde_json::Deserializer::from_str(&text).into_iter() {
-                programs.push(program.map_err(|error| Failure::Guest {
-                    machine: machine.to_owned(),
-                    problem: format!("status: {error}"),
-                })?);
-            }
-        }
-        Ok(Self { at, programs })
-    }
-
-    fn of_kind<'a>(&'a self, kind: &'a str) -> impl Iterator<Item = &'a Program> {
-        self.programs.iter().filter(move |program| program.kind == kind)
-    }
-
-    fn sum(&self, kind: &str, field: fn(&Program) -> u64) -> u64 {
-        self.of_kind(kind).map(field).sum()
+        Ok(Self { at, reading: Reading::take(lab, ENVIRONMENT, MACHINES.map(|(machine, _)| machine))? })
     }
 }
 
 impl Suffered {
     fn between(before: &Looked, after: &Looked) -> Self {
         let grown = |kind: &str, field: fn(&Program) -> u64| {
-            after.sum(kind, field).saturating_sub(before.sum(kind, field))
+            after.reading.sum(kind, field).saturating_sub(before.reading.sum(kind, field))
         };
         Self {
             seconds: after.at.duration_since(before.at).as_secs_f64(),

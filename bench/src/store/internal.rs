@@ -48,6 +48,7 @@ pub(super) fn measure(lab: &Lab, environment: &str, count: u32) -> Result<Total,
         what: "snapshots within qcow2 (5 s apart)",
         bytes: weigh()?.saturating_sub(before),
         first_bytes,
+        whole_ms: None,
     })
 }
 

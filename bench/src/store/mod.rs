@@ -53,8 +53,10 @@ struct Row {
     used_bytes: u64,
     /// What it added to the store.
     new_bytes: u64,
-    /// Until it was durable.
+    /// The memory, until it was durable.
     ingest_ms: f64,
+    /// Memory and disks, until all was durable.
+    whole_ms: f64,
     restore_ms: f64,
 }
 
@@ -65,6 +67,8 @@ struct Total {
     bytes: u64,
     /// After the first snapshot; after all of them less that is what the later ones added.
     first_bytes: Option<u64>,
+    /// What putting all snapshots in took, by one processor; where that can be said.
+    whole_ms: Option<f64>,
 }
 
 /// Measures.
@@ -80,16 +84,16 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
         say(format!("store: snapshot {number} of {count}"));
         let name = format!("s{number}");
         let report: SnapshotReport = lab.run(&["-e", ENVIRONMENT, "snapshot", "create", &name])?;
-        ids.push(report.id.parse::<SnapshotId>().map_err(|e| stored(&e))?);
+        ids.push(report.id.parse::<SnapshotId>()?);
     }
     let internal = internal::measure(&lab, ENVIRONMENT, count)?;
     load::stop(&lab, ENVIRONMENT)?;
 
-    let source = Store::open(&lab.home().join("store")).map_err(|e| stored(&e))?;
+    let source = Store::open(&lab.home().join("store"))?;
     let files = lab.home().join("contents");
     let mut snapshots = Vec::new();
     for id in &ids {
-        let manifest = source.load(id).map_err(|e| stored(&e))?.manifest;
+        let manifest = source.load(id)?.manifest;
         let folder = files.join(id.to_string());
         fs::create_dir_all(&folder).map_err(Failure::io("cannot make a folder for contents"))?;
         let create =
@@ -98,31 +102,32 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
             let file = create(machine.name.clone())?;
             let loaded =
                 source.load(id).and_then(|s| source.copy_ram(&s, &machine.name, &file, &mut |_, _| {}));
-            loaded.map_err(|e| stored(&e))?;
+            loaded?;
             for (disk, index, layer) in layers(machine) {
                 let file = create(layer_file(&machine.name, disk, index))?;
-                source.copy_layer(layer, &file, &mut |_, _| {}).map_err(|e| stored(&e))?;
+                source.copy_layer(layer, &file, &mut |_, _| {})?;
             }
         }
         snapshots.push((manifest, folder));
     }
     let target = lab.home().join("alone");
     let sealed = lab.home().join("sealed");
-    let secret = Secret::key(vec![1; 32].into()).map_err(|e| stored(&e))?;
-    Store::create_encrypted(&sealed, &secret, PassphraseCost::default(), "").map_err(|e| stored(&e))?;
+    let secret = Secret::key(vec![1; 32].into())?;
+    Store::create_encrypted(&sealed, &secret, PassphraseCost::default(), "")?;
     let encrypted = OpenOptions { secret: Some(secret), signer: None };
     let mut rows = Vec::new();
     let mut encrypted_rows = Vec::new();
     say("store: putting memory in and reading it back, not encrypted and encrypted by turns");
     for (manifest, folder) in &snapshots {
-        rows.push(one(&target, &OpenOptions::default(), manifest, folder).map_err(|e| stored(&e))?);
-        encrypted_rows.push(one(&sealed, &encrypted, manifest, folder).map_err(|e| stored(&e))?);
+        rows.push(one(&target, &OpenOptions::default(), manifest, folder)?);
+        encrypted_rows.push(one(&sealed, &encrypted, manifest, folder)?);
     }
     let mut totals = vec![
         Total {
             what: "this store",
             bytes: tree_bytes(&target.join("packs"))?,
             first_bytes: rows.first().map(|row| row.new_bytes),
+            whole_ms: Some(rows.iter().map(|row| row.whole_ms).sum()),
         },
         whole(&snapshots)?,
     ];
@@ -130,9 +135,9 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
     totals.extend(restic(lab.home(), &folders)?);
     totals.extend(borg(lab.home(), &folders)?);
     totals.push(internal);
-    let index = Store::open(&target).and_then(|store| store.stats()).map_err(|e| stored(&e))?;
+    let index = Store::open(&target).and_then(|store| store.stats())?;
     let many = if common.quick { 1_000 } else { 10_000 };
-    let list_ms = list(&snapshots[0].0, many).map_err(|e| stored(&e))?;
+    let list_ms = list(&snapshots[0].0, many)?;
     let json = serde_json::json!({
         "listed": many, "list_ms": list_ms, "memory_mib": common.memory, "snapshots": rows, "encrypted_snapshots": encrypted_rows,
         "totals": totals,
@@ -170,7 +175,8 @@ fn one(target: &Path, options: &OpenOptions, manifest: &Manifest, folder: &Path)
     let mut manifest = manifest.clone();
     let started = Instant::now();
     let writer = store.begin()?;
-    let mut row = Row { logical_bytes: 0, used_bytes: 0, new_bytes: 0, ingest_ms: 0.0, restore_ms: 0.0 };
+    let mut row =
+        Row { logical_bytes: 0, used_bytes: 0, new_bytes: 0, ingest_ms: 0.0, whole_ms: 0.0, restore_ms: 0.0 };
     for machine in &mut manifest.machines {
         let path = folder.join(&machine.name);
         let file = File::open(&path).map_err(|source| StoreError::Io { action: "open", path, source })?;
@@ -181,6 +187,7 @@ fn one(target: &Path, options: &OpenOptions, manifest: &Manifest, folder: &Path)
         row.used_bytes += machine.ram.used_bytes;
     }
     row.ingest_ms = started.elapsed().as_secs_f64() * 1e3;
+    let all = started;
     for machine in &mut manifest.machines {
         for disk in &mut machine.disks {
             for (index, layer) in disk.layers.iter_mut().enumerate() {
@@ -195,6 +202,7 @@ fn one(target: &Path, options: &OpenOptions, manifest: &Manifest, folder: &Path)
     row.new_bytes = manifest.bytes.new;
     let id = writer.commit(manifest)?;
     row.ingest_ms += started.elapsed().as_secs_f64() * 1e3;
+    row.whole_ms = all.elapsed().as_secs_f64() * 1e3;
 
     let stored = store.load(&id)?;
     let out = tempfile::Builder::new().prefix("dio-bench-").tempfile_in("/dev/shm").map_err(|source| {
@@ -263,7 +271,7 @@ fn whole(snapshots: &[(Manifest, PathBuf)]) -> Result<Total, Failure> {
         first_bytes.get_or_insert(encoder.get_ref().len() as u64);
     }
     let bytes = encoder.finish().map_err(Failure::io("cannot compress"))?.len() as u64;
-    Ok(Total { what: "zstd -1 of all different pages and clusters", bytes, first_bytes })
+    Ok(Total { what: "zstd -1 of all different pages and clusters", bytes, first_bytes, whole_ms: None })
 }
 
 fn restic(home: &Path, folders: &[&Path]) -> Result<Option<Total>, Failure> {
@@ -271,7 +279,8 @@ fn restic(home: &Path, folders: &[&Path]) -> Result<Option<Total>, Failure> {
     let restic = |arguments: &[&str]| {
         let mut command = Command::new("restic");
         command.args(["--quiet", "--no-cache", "--repo"]).arg(&repository).args(arguments);
-        command.env("RESTIC_PASSWORD", "bench");
+        // One processor, as everybody here has.
+        command.env("RESTIC_PASSWORD", "bench").env("GOMAXPROCS", "1");
         command
     };
     let backup = |folder: &Path| {
@@ -326,13 +335,16 @@ fn other(
         return Ok(None);
     }
     let mut first_bytes = None;
+    let mut whole_ms = 0.0;
     for folder in folders {
         say(format!("store: {what} takes {}", folder.display()));
+        let started = Instant::now();
         run(&mut backup(folder))?;
+        whole_ms += started.elapsed().as_secs_f64() * 1e3;
         let bytes = tree_bytes(repository)?;
         first_bytes.get_or_insert(bytes);
     }
-    Ok(Some(Total { what, bytes: tree_bytes(repository)?, first_bytes }))
+    Ok(Some(Total { what, bytes: tree_bytes(repository)?, first_bytes, whole_ms: Some(whole_ms) }))
 }
 
 fn tree_bytes(folder: &Path) -> Result<u64, Failure> {
@@ -343,10 +355,6 @@ fn tree_bytes(folder: &Path) -> Result<u64, Failure> {
         total += if found.is_dir() { tree_bytes(&entry.path())? } else { found.len() };
     }
     Ok(total)
-}
-
-fn stored(error: &dyn std::error::Error) -> Failure {
-    Failure::Command { command: "the store".to_owned(), reason: error.to_string() }
 }
 
 /// All snapshots together, with and without.
@@ -388,17 +396,21 @@ fn text(memory_mib: u64, interval: Duration, rows: &[Row], totals: &[Total]) -> 
         .collect();
     let header = ["snapshot", "MiB used", "MiB new", "in, MB/s used", "of all", "out, MB/s used", "of all"];
     let ours = totals.first().map_or(1.0, |total| total.bytes as f64);
+    let ours_ms: f64 = rows.iter().map(|row| row.whole_ms).sum();
     let sums: Vec<_> = totals
         .iter()
         .map(|total| {
             let first = total.first_bytes.unwrap_or(0);
             let later = (total.bytes - first) / (rows.len() as u64 - 1).max(1);
+            let time = |show: &dyn Fn(f64) -> String| total.whole_ms.map_or_else(|| "-".to_owned(), show);
             vec![
                 total.what.to_owned(),
                 mib(total.bytes),
                 mib(first),
                 mib(later),
                 format!("{:.2}", ours / total.bytes as f64),
+                time(&|ms| format!("{:.1}", ms / 1e3)),
+                time(&|ms| format!("{:.1}", ms / ours_ms)),
             ]
         })
         .collect();
@@ -406,6 +418,9 @@ fn text(memory_mib: u64, interval: Duration, rows: &[Row], totals: &[Total]) -> 
         "Store: four machines of {memory_mib} MiB at work, a snapshot every {} s; in by one thread\n{}\n{}",
         interval.as_secs(),
         table(&header, &snapshots),
-        table(&["what", "MiB in all", "the first", "each later", "this store / it"], &sums),
+        table(
+            &["what", "MiB in all", "the first", "each later", "this store / it", "in, s", "it / this store"],
+            &sums
+        ),
     )
 }

@@ -7,7 +7,6 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::process::Command;
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -15,6 +14,7 @@ use nix::sched::{CloneFlags, unshare};
 use super::SWITCH_CORE;
 use super::generator::{Side, Transport};
 use crate::failure::Failure;
+use crate::lab::ip;
 
 const BRIDGE: &str = "bench0";
 // linux/if_tun.h
@@ -113,19 +113,4 @@ impl Transport for Taps {
         }
         Ok(())
     }
-}
-
-fn ip(arguments: &[&str]) -> Result<(), Failure> {
-    let command = || format!("ip {}", arguments.join(" "));
-    let output = Command::new("ip")
-        .args(arguments)
-        .output()
-        .map_err(Failure::io("cannot run ip (Debian's iproute2)"))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(Failure::Command {
-        command: command(),
-        reason: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-    })
 }

@@ -28,7 +28,7 @@ use serde::Serialize;
 use crate::Common;
 use crate::failure::Failure;
 use crate::figures::{Outcome, Sample, table, times};
-use crate::lab::say;
+use crate::lab::{need_root, say};
 use generator::{Generator, Transport, Trial};
 
 pub(crate) use ours::run_data_plane;
@@ -75,9 +75,7 @@ struct Row {
 
 /// Runs the hidden child process or the benchmark.
 pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Failure> {
-    if !nix::unistd::geteuid().is_root() {
-        return Err(Failure::NeedsRoot("a Linux bridge with taps"));
-    }
+    need_root("a Linux bridge with taps")?;
     let (seconds, count) = if common.quick { (0.3, 1) } else { (arguments.seconds, arguments.count) };
     let plan = Plan { duration: Duration::from_secs_f64(seconds), count };
     // The pinning and the namespaces below are those of this thread alone.
@@ -151,8 +149,7 @@ fn measure(
     })
 }
 
-/// Pins the calling thread, and what it starts, to a core.
-/// Keeps the calling thread on one core.
+/// Keeps the calling thread, and what it starts, on one core.
 pub(crate) fn pin(core: usize) -> Result<(), Failure> {
     let mut set = nix::sched::CpuSet::new();
     set.set(core)
