@@ -1,10 +1,7 @@
 //! Snapshots in a bucket: what one computer has snapshotted, another restores that shares nothing else with it.
 
-#[path = "../../../store/tests/s3/server.rs"]
-mod server;
-
-use self::server::{BUCKET, Server};
 use crate::lab::Lab;
+use crate::s3_server::{BUCKET, Server};
 use crate::traffic::PAIR;
 
 const VARIABLES: [&str; 4] = ["AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"];

@@ -7,6 +7,7 @@ use crate::lab::{Lab, ran, refusal};
 use crate::traffic::PAIR;
 
 const PASSPHRASE: &str = "correct horse battery";
+const ALONE: &str = "name: pair\nmachines: {one: {image: micro, memory: 96MiB}}\nnetworks: {}\n";
 
 /// Everything that processes of this lab show of themselves to others: arguments and variables.
 fn shown_by_processes() -> String {
@@ -153,7 +154,7 @@ fn snapshots_are_signed_and_others_refused() {
     lab.ok(&["store", "signer", &bob]);
     assert_eq!(lab.refused(&["store", "signer", &alice]).kind, "io");
     lab.set("DIORAMA_SIGNING_KEY", &alice);
-    lab.up(PAIR);
+    lab.up(ALONE);
     let signed = lab.snapshot("pair", &["signed"]);
     assert_eq!((&signed["signature"]["state"], &signed["signature"]["key"]), (&"valid".into(), &key));
     lab.ok(&["snapshot", "verify", "signed", "--signed-by", "alice.pem.pub"]);

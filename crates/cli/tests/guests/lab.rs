@@ -8,12 +8,15 @@ use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
+
+use crate::scratch;
 
 /// How long anything may take that is waited for; machines boot slowly where processors are few.
 pub const LIMIT: Duration = Duration::from_secs(90);
@@ -52,9 +55,11 @@ pub struct Refusal {
 impl Lab {
     /// Two empty folders; the second on tmpfs and short, as sockets want it.
     pub fn new() -> Self {
+        static ONCE: Once = Once::new();
+        ONCE.call_once(end_dead_labs);
         Self {
-            folder: TempDir::with_prefix("diorama-lab-").unwrap(),
-            runtime: TempDir::with_prefix_in("d-", "/dev/shm").unwrap(),
+            folder: scratch::folder_on_disk(),
+            runtime: scratch::folder(),
             variables: Vec::new(),
             mounts: Vec::new(),
             namespace: None,
@@ -323,19 +328,7 @@ impl Lab {
 
     /// Every process that was started with this lab's folders.
     fn processes(&self) -> Vec<Pid> {
-        let runtime = self.runtime.path().to_str().unwrap().as_bytes().to_vec();
-        let mentions = |file: PathBuf| {
-            let bytes = std::fs::read(file).unwrap_or_default();
-            bytes.windows(runtime.len()).any(|window| window == runtime)
-        };
-        let processes = std::fs::read_dir("/proc").unwrap().flatten();
-        processes
-            .filter_map(|entry| entry.file_name().to_str()?.parse().ok().map(Pid::from_raw))
-            .filter(|pid| *pid != Pid::this())
-            .filter(|pid| {
-                ["environ", "cmdline"].iter().any(|file| mentions(format!("/proc/{pid}/{file}").into()))
-            })
-            .collect()
+        processes_with(self.runtime.path())
     }
 
     /// The end of what the agent has logged.
@@ -386,6 +379,32 @@ impl Drop for Lab {
             let _ = Command::new("umount").arg("--lazy").arg(folder).status();
         }
     }
+}
+
+/// Ends what tests have left that were killed themselves: their machines and agents.
+fn end_dead_labs() {
+    for runtime in scratch::dead() {
+        for pid in processes_with(&runtime) {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+    }
+}
+
+/// Every process that was started with a folder.
+fn processes_with(folder: &Path) -> Vec<Pid> {
+    let folder = folder.to_str().unwrap().as_bytes();
+    let mentions = |file: PathBuf| {
+        let bytes = std::fs::read(file).unwrap_or_default();
+        bytes.windows(folder.len()).any(|window| window == folder)
+    };
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    processes
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok().map(Pid::from_raw))
+        .filter(|pid| *pid != Pid::this())
+        .filter(|pid| {
+            ["environ", "cmdline"].iter().any(|file| mentions(format!("/proc/{pid}/{file}").into()))
+        })
+        .collect()
 }
 
 /// Waits until something is so.

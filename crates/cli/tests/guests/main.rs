@@ -17,6 +17,11 @@ mod interrupts;
 mod lab;
 mod life;
 mod resting;
+#[allow(dead_code, reason = "its server is not shared here")]
+#[path = "../../../../testing/s3_server.rs"]
+mod s3_server;
+#[path = "../../../../testing/scratch.rs"]
+mod scratch;
 mod snapshots;
 mod storage;
 mod takeover;

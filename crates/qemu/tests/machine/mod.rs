@@ -17,6 +17,9 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+#[path = "../../../../testing/scratch.rs"]
+mod scratch;
+
 /// Memory of each machine.
 pub const MEMORY_BYTES: u64 = 64 << 20;
 
@@ -42,7 +45,7 @@ pub struct Scratch(tempfile::TempDir);
 
 impl Scratch {
     pub fn new() -> Scratch {
-        Scratch(tempfile::tempdir_in("/dev/shm").expect("a folder on tmpfs"))
+        Scratch(scratch::folder())
     }
 
     pub fn folder(&self) -> &Path {

@@ -10,8 +10,8 @@ use diorama_store::*;
 
 use crate::place::{self, server};
 use crate::proxy::Proxy;
+use crate::s3_server::Server;
 use crate::sample::*;
-use crate::server::Server;
 
 fn problem(result: Result<impl Sized, StoreError>) -> (RemoteProblem, String) {
     match result {
@@ -23,11 +23,6 @@ fn problem(result: Result<impl Sized, StoreError>) -> (RemoteProblem, String) {
 
 fn open(settings: &S3Settings) -> Result<Store, StoreError> {
     Store::open(&Location::from(settings.clone()))
-}
-
-/// A sample whose store is reached through something.
-fn sample_at(settings: &S3Settings) -> Sample {
-    Sample::in_place(Location::from(settings.clone()))
 }
 
 #[test]
@@ -112,7 +107,7 @@ fn cut_connections_are_made_again() {
     let proxy = Proxy::new(server().address());
     let mut settings = place::settings(server(), "cut");
     settings.endpoint = Some(proxy.endpoint());
-    let sample = sample_at(&settings);
+    let sample = Sample::in_place(settings.clone());
     // No pack of the second snapshot comes through on a connection that has carried one before.
     proxy.weather.cut_after.store(400_000, Ordering::Relaxed);
     let ids: Vec<SnapshotId> = (1..4).map(|seed| sample.commit(&format!("s{seed}"), seed)).collect();
@@ -121,7 +116,7 @@ fn cut_connections_are_made_again() {
         sample.restores(&store, id, seed).unwrap();
     }
     assert_eq!(store.list().unwrap().len(), 3);
-    assert!(store.check(CheckOptions { read_data: true, repair: false }, &mut none).unwrap().is_sound());
+    assert!(store.check(ALL, &mut none).unwrap().is_sound());
     assert!(proxy.weather.cuts.load(Ordering::Relaxed) > 3, "{:?}", proxy.weather);
 }
 
@@ -132,7 +127,7 @@ fn a_server_that_does_not_answer_is_given_up_and_nothing_remains() {
     settings.endpoint = Some(proxy.endpoint());
     settings.timing.attempt = Duration::from_millis(700);
     settings.timing.patience = Duration::from_millis(1500);
-    let sample = sample_at(&settings);
+    let sample = Sample::in_place(settings.clone());
     let whole = sample.commit("whole", 1);
     let writer = sample.store.begin().unwrap();
     let manifest = sample.put_all(&writer, "lost", 2).unwrap();
@@ -151,7 +146,7 @@ fn a_server_that_does_not_answer_is_given_up_and_nothing_remains() {
 fn a_server_that_dies_in_a_commit_and_comes_back() {
     let mut server = Server::start();
     let settings = place::settings(&server, "dies");
-    let sample = sample_at(&settings);
+    let sample = Sample::in_place(settings.clone());
     let whole = sample.commit("whole", 1);
 
     let writer = sample.store.begin().unwrap();
@@ -176,7 +171,7 @@ fn a_server_that_dies_in_a_commit_and_comes_back() {
     assert_eq!(store.list().unwrap().len(), 2);
     sample.restores(&store, &whole, 1).unwrap();
     sample.restores(&store, &patient, 2).unwrap();
-    assert!(store.check(CheckOptions { read_data: true, repair: false }, &mut none).unwrap().is_sound());
+    assert!(store.check(ALL, &mut none).unwrap().is_sound());
     let writer = store.begin().unwrap();
     let manifest = sample.put_all(&writer, "hasty", 3).unwrap();
     writer.commit(manifest).unwrap();

@@ -17,10 +17,13 @@ mod proxy;
 mod reading;
 #[path = "../store/round_trip.rs"]
 mod round_trip;
+#[path = "../../../../testing/s3_server.rs"]
+mod s3_server;
 #[allow(dead_code, reason = "what only a folder's tests need")]
 #[path = "../store/sample.rs"]
 mod sample;
-mod server;
+#[path = "../../../../testing/scratch.rs"]
+mod scratch;
 mod sessions;
 #[path = "../store/sharing.rs"]
 mod sharing;

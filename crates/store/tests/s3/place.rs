@@ -7,8 +7,8 @@ use std::time::Duration;
 use diorama_store::Location;
 use diorama_store::backend::s3::S3Settings;
 
+use crate::s3_server::{BUCKET, Server, variable};
 use crate::sample::Sample;
-use crate::server::{BUCKET, Server};
 
 /// Each so many operations one is made to fail: each try takes hundreds of requests.
 pub const FAULT_STRIDE: usize = 5;
@@ -17,10 +17,10 @@ pub const CASES: u32 = 3;
 /// What a writer has staged is left to a collection: others may rely on it by then.
 pub const STAGED_GOES: bool = false;
 
-/// One for all tests of this process, with which it ends.
+/// The one for all tests.
 pub fn server() -> &'static Server {
     static SERVER: OnceLock<Server> = OnceLock::new();
-    SERVER.get_or_init(Server::start)
+    SERVER.get_or_init(Server::shared)
 }
 
 /// Which operation is the first to fail: another of each kind of fault.
@@ -30,13 +30,18 @@ pub fn first_fault(kind: usize) -> usize {
 
 /// A place for a new store.
 pub fn new(folder: &Path) -> Location {
-    let name = folder.file_name().unwrap().to_str().unwrap().trim_start_matches('.');
+    let name = folder.file_name().unwrap().to_str().unwrap();
     Location::from(settings(server(), name))
 }
 
-/// The place of this name.
-pub fn settings(server: &Server, prefix: &str) -> S3Settings {
-    let location = Location::parse(format!("s3://{BUCKET}/tests/{prefix}"), &|name| server.variable(name));
+/// The place of this name, of this process.
+pub fn settings(server: &Server, name: &str) -> S3Settings {
+    at(&server.endpoint(), &format!("{}/{name}", std::process::id()))
+}
+
+/// The place below this prefix.
+pub fn at(endpoint: &str, prefix: &str) -> S3Settings {
+    let location = Location::parse(format!("s3://{BUCKET}/{prefix}"), &|name| variable(endpoint, name));
     let Ok(Location::S3(mut settings)) = location else { panic!("{location:?}") };
     // Nobody has to wait for what was refused on purpose.
     settings.timing.first_patience = Duration::from_secs(3);

@@ -10,6 +10,7 @@ use diorama_store::backend::{Backend, Object, Reading, Recovered, Session};
 use diorama_store::*;
 
 use crate::sample::*;
+use crate::scratch;
 
 /// A backend at the end of a long way, which is read as is said.
 #[derive(Debug)]
@@ -87,25 +88,8 @@ impl Backend for Far {
     }
 }
 
-/// A snapshot of one machine with this memory.
-fn with_memory(sample: &Sample, ram: &std::fs::File) -> SnapshotId {
-    let bytes = ram.metadata().unwrap().len();
-    let writer = sample.store.begin().unwrap();
-    let mut manifest = sample.put_all(&writer, "large", 1).unwrap();
-    drop(writer);
-    let writer = sample.store.begin().unwrap();
-    manifest.machines.truncate(1);
-    let machine = &mut manifest.machines[0];
-    (machine.kernel, machine.disks) = (None, Vec::new());
-    machine.ram = writer.put_ram("client", ram, bytes, &mut none).unwrap();
-    machine.device_state = writer.put_bytes(Piece::DeviceState, "client", b"state").unwrap();
-    manifest.frames = writer.put_frames(&frames(1)).unwrap();
-    manifest.bytes = writer.seal().unwrap();
-    writer.commit(manifest).unwrap()
-}
-
 fn memory(bytes: u64) -> std::fs::File {
-    let ram = tempfile::tempfile_in("/dev/shm").unwrap();
+    let ram = scratch::file();
     ram.write_all_at(&noise(3, bytes as usize), 0).unwrap();
     ram
 }
@@ -115,7 +99,7 @@ fn restore(sample: &Sample, id: &SnapshotId, ram: &std::fs::File, far: &Arc<Far>
     let store = Store::with_backend(Arc::clone(far) as Arc<dyn Backend>).unwrap();
     let stored = store.load(id).unwrap();
     far.reads.store(0, Ordering::Relaxed);
-    let copy = tempfile::tempfile_in("/dev/shm").unwrap();
+    let copy = scratch::file();
     let begun = Instant::now();
     store.copy_ram(&stored, "client", &copy, &mut none).unwrap();
     let took = begun.elapsed();
@@ -127,7 +111,7 @@ fn restore(sample: &Sample, id: &SnapshotId, ram: &std::fs::File, far: &Arc<Far>
 fn restoring_takes_few_requests() {
     let sample = Sample::new();
     let ram = memory(48 * MIB);
-    let id = with_memory(&sample, &ram);
+    let id = sample.commit_memory(&sample.store, "large", &ram, b"state");
     let far = Far::new(&sample.backend, sample.backend.reading(), Duration::ZERO);
     // 384 groups of data in three packs, and 13 groups of nodes.
     let (reads, _) = restore(&sample, &id, &ram, &far);
@@ -139,7 +123,7 @@ fn restoring_takes_few_requests() {
 fn measure() {
     let sample = Sample::new();
     let ram = memory(256 * MIB);
-    let id = with_memory(&sample, &ram);
+    let id = sample.commit_memory(&sample.store, "large", &ram, b"state");
     let own = sample.backend.reading();
     let alone = Reading { at_once: 1, run_bytes: 1, gap_bytes: 0, node_bytes: 0 };
     println!("256 MiB, nothing in it compressible; each request waits before it goes to the server");

@@ -12,6 +12,7 @@ use diorama_store::*;
 use crate::place::{self, server};
 use crate::proxy::Proxy;
 use crate::sample::*;
+use crate::scratch;
 
 /// Times are told by the second here, so that less would not do.
 const EXPIRY: Duration = Duration::from_secs(4);
@@ -24,10 +25,6 @@ fn short(mut settings: S3Settings) -> S3Settings {
     settings.timing.expiry = EXPIRY;
     settings.timing.in_flight = Duration::from_secs(2);
     settings
-}
-
-fn sample_at(settings: &S3Settings) -> Sample {
-    Sample::in_place(Location::from(settings.clone()))
 }
 
 fn collect(sample: &Sample) -> Collected {
@@ -45,7 +42,7 @@ impl Other {
     fn start(settings: &S3Settings) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "sessions::a_writer_for_other_tests", "--ignored", "--nocapture"])
-            .env(PREFIX, settings.prefix.strip_prefix("tests/").unwrap())
+            .env(PREFIX, &settings.prefix)
             .env(ENDPOINT, settings.endpoint.as_ref().unwrap())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -78,6 +75,7 @@ impl Drop for Other {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        scratch::sweep();
     }
 }
 
@@ -85,15 +83,7 @@ impl Drop for Other {
 #[ignore = "other tests run it, as another process"]
 fn a_writer_for_other_tests() {
     let (Ok(prefix), Ok(endpoint)) = (std::env::var(PREFIX), std::env::var(ENDPOINT)) else { return };
-    let location =
-        Location::parse(format!("s3://{}/tests/{prefix}", crate::server::BUCKET), &|name| match name {
-            "AWS_ENDPOINT_URL" => Some(endpoint.clone()),
-            "AWS_ACCESS_KEY_ID" => Some(crate::server::ACCESS_KEY.to_owned()),
-            "AWS_SECRET_ACCESS_KEY" => Some(crate::server::SECRET_KEY.to_owned()),
-            _ => None,
-        });
-    let Ok(Location::S3(settings)) = location else { panic!("{location:?}") };
-    let sample = Sample::in_place(Location::from(short(*settings)));
+    let sample = Sample::in_place(short(place::at(&endpoint, &prefix)));
     let writer = sample.store.begin().unwrap();
     let manifest = sample.put_all(&writer, "other", 2).unwrap();
     println!("says: ready");
@@ -107,7 +97,7 @@ fn a_writer_for_other_tests() {
 #[test]
 fn a_collector_waits_for_a_living_writer_of_another_process() {
     let settings = short(place::settings(server(), "living"));
-    let sample = sample_at(&settings);
+    let sample = Sample::in_place(settings.clone());
     let old = sample.commit("old", 2);
     let mut other = Other::start(&settings);
     // It has found everything there; now nothing but its session holds it.
@@ -130,7 +120,7 @@ fn a_collector_waits_for_a_living_writer_of_another_process() {
 #[test]
 fn what_a_dead_writer_left_goes_when_its_session_has_expired() {
     let settings = short(place::settings(server(), "dead"));
-    let sample = sample_at(&settings);
+    let sample = Sample::in_place(settings.clone());
     let other = Other::start(&settings);
     assert_eq!(sample.names_in("sessions").len(), 1);
     drop(other);
@@ -155,7 +145,7 @@ fn what_a_dead_writer_left_goes_when_its_session_has_expired() {
 #[test]
 fn a_writer_that_was_cut_off_does_not_commit() {
     let settings = short(place::settings(server(), "cut-off"));
-    let sample = sample_at(&settings);
+    let sample = Sample::in_place(settings.clone());
     let old = sample.commit("old", 2);
     let proxy = Proxy::new(server().address());
     let mut through = settings.clone();
@@ -188,7 +178,7 @@ fn a_writer_that_was_cut_off_does_not_commit() {
 #[test]
 fn who_comes_first_decides() {
     let settings = place::settings(server(), "verdict");
-    let sample = sample_at(&settings);
+    let sample = Sample::in_place(settings.clone());
     let session = |sample: &Sample| {
         let sessions = sample.names_in("sessions");
         sessions.into_iter().find(|name| !name.contains('.')).unwrap()

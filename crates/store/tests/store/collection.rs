@@ -83,7 +83,7 @@ fn small_packs_are_joined() {
     for (id, seed) in ids {
         sample.restores(&store, &id, seed).unwrap();
     }
-    assert!(store.check(CheckOptions { read_data: true, repair: false }, &mut none).unwrap().is_sound());
+    assert!(store.check(ALL, &mut none).unwrap().is_sound());
 }
 
 /// What cannot be read may need anything: so nothing goes.

@@ -35,8 +35,6 @@ const WAYS: [(&str, Harm); 9] = [
     }),
 ];
 
-const ALL: CheckOptions = CheckOptions { read_data: true, repair: false };
-
 /// Every way, in a store and in an encrypted one.
 fn each_way() -> impl Iterator<Item = (fn() -> Sample, (&'static str, Harm))> {
     BOTH.into_iter().flat_map(|make| WAYS.into_iter().map(move |way| (make, way)))

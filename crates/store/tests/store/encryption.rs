@@ -6,9 +6,9 @@ use std::path::Path;
 use diorama_store::*;
 
 use crate::sample::*;
+use crate::scratch;
 
 const CHEAP: PassphraseCost = PassphraseCost { memory_kib: 64, passes: 1, lanes: 1 };
-const ALL: CheckOptions = CheckOptions { read_data: true, repair: false };
 
 fn passphrase(text: &str) -> Secret {
     Secret::passphrase(text.as_bytes().to_vec().into()).unwrap()
@@ -239,7 +239,7 @@ fn nobody_without_a_key_makes_a_snapshot() {
         }
     }
     // And one of another key.
-    let stranger = tempfile::tempdir_in("/dev/shm").unwrap();
+    let stranger = scratch::folder();
     let root = stranger.path().join("store");
     Store::create_encrypted(&root, &key(2), CHEAP, "").unwrap();
     let store = sample.reopened();

@@ -46,9 +46,8 @@ fn at_every_position(
 fn assert_whole(sample: &Sample, before: &[(SnapshotId, u8)], what: &str) {
     place::let_time_pass(sample);
     let store = sample.reopened();
-    let options = CheckOptions { read_data: true, repair: false };
     let whole = |store: &Store, when: &str| {
-        let report = store.check(options, &mut none).unwrap();
+        let report = store.check(ALL, &mut none).unwrap();
         assert!(report.is_sound(), "{what}, {when}: {report:#?}");
         for summary in store.list().unwrap() {
             let entry = summary.entry().unwrap();

@@ -9,13 +9,14 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::sample::*;
+use crate::scratch;
 
 struct Mounted(tempfile::TempDir);
 
 impl Mounted {
     /// `None`, with the reason printed, where mounting is not permitted.
     fn new(options: &str) -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = scratch::folder_on_disk();
         match mount(Some("tmpfs"), folder.path(), Some("tmpfs"), MsFlags::empty(), Some(options)) {
             Ok(()) => Some(Self(folder)),
             Err(Errno::EPERM | Errno::EACCES) => {
@@ -38,7 +39,7 @@ impl Drop for Mounted {
 }
 
 fn full_ram(bytes: u64) -> File {
-    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    let file = scratch::file();
     file.write_all_at(&noise(5, bytes as usize), 0).unwrap();
     file
 }

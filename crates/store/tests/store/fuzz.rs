@@ -62,7 +62,7 @@ fn mangled_objects() {
             let bytes = mangled(&whole, &how);
             fs::write(file, &bytes).unwrap();
             if let Ok(store) = Store::open_with(&sample.root(), &sample.options) {
-                let report = store.check(CheckOptions { read_data: true, repair: false }, &mut none).unwrap();
+                let report = store.check(ALL, &mut none).unwrap();
                 prop_assert!(!report.is_sound() || bytes == whole, "{}", file.display());
                 // What restores is right: `restores` compares.
                 let _ = sample.restores(&store, &id, 1);
@@ -91,8 +91,7 @@ fn mangled_archives() {
             }
             Err(_) => prop_assert!(to.store.list().unwrap().is_empty()),
         }
-        let all = CheckOptions { read_data: true, repair: false };
-        let report = to.store.check(all, &mut none).unwrap();
+        let report = to.store.check(ALL, &mut none).unwrap();
         prop_assert!(report.is_sound(), "{:?}", report);
     });
 }

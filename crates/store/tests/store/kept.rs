@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use diorama_store::*;
 
 use crate::sample::*;
+use crate::scratch;
 
 /// What is kept; the encrypted ones open with this sample's key.
 const KEPT: [&str; 2] = ["format-1", "format-1-encrypted"];
@@ -30,7 +31,7 @@ fn copy(from: &Path, to: &Path) {
 
 /// Pages of text, zeros between them, and two that are alike.
 fn memory() -> fs::File {
-    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    let file = scratch::file();
     file.set_len(40 * 4096).unwrap();
     for page in [0_u64, 3, 17, 18, 33, 39] {
         let text = format!("page {} of a small machine\n", page % 33).repeat(200);
@@ -43,15 +44,15 @@ fn memory() -> fs::File {
 fn each_format_restores() {
     for format in KEPT {
         // A copy: opening a store may tidy it up.
-        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let folder = scratch::folder();
         copy(&kept(format), folder.path());
         let secret = format.ends_with("encrypted").then(|| key(1));
         let store = Store::open_with(folder.path(), &OpenOptions { secret, signer: None }).unwrap();
-        let report = store.check(CheckOptions { read_data: true, repair: false }, &mut none).unwrap();
+        let report = store.check(ALL, &mut none).unwrap();
         assert!(report.is_sound() && report.snapshots == 1, "format {format}: {report:?}");
         let id = store.find_name("pair", "kept").unwrap().unwrap();
         let stored = store.load(&id).unwrap();
-        let copy = tempfile::tempfile_in("/dev/shm").unwrap();
+        let copy = scratch::file();
         store.copy_ram(&stored, "client", &copy, &mut none).unwrap();
         assert!(contents(&copy) == contents(&memory()), "format {format}: memory differs");
         assert_eq!(store.read_state(&stored, "client").unwrap(), b"device state");

@@ -9,13 +9,15 @@ mod faulty;
 mod full_disk;
 mod fuzz;
 mod kept;
-#[path = "../../../../fuzz/mangle.rs"]
+#[path = "../../../../testing/mangle.rs"]
 mod mangle;
 mod model;
 mod names;
 mod place;
 mod round_trip;
 mod sample;
+#[path = "../../../../testing/scratch.rs"]
+mod scratch;
 mod sharing;
 mod signing;
 mod transfer;

@@ -7,6 +7,7 @@ use diorama_store::*;
 use proptest::prelude::*;
 
 use crate::sample::*;
+use crate::scratch;
 
 /// A memory: for each page, which of a few contents it has; 0 is zeros.
 type Pages = Vec<u8>;
@@ -34,7 +35,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 fn memory(pages: &Pages) -> std::fs::File {
-    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    let file = scratch::file();
     for (page, kind) in (0_u64..).zip(pages) {
         let bytes = if *kind == 0 { vec![0; 4096] } else { noise((*kind).into(), 4096) };
         file.write_all_at(&bytes, page * 4096).unwrap();
@@ -42,18 +43,8 @@ fn memory(pages: &Pages) -> std::fs::File {
     file
 }
 
-fn take(sample: &Sample, store: &Store, template: &Manifest, name: &str, pages: &Pages) {
-    let writer = store.begin().unwrap();
-    let mut manifest = template.clone();
-    manifest.name = name.to_owned();
-    manifest.machines.truncate(1);
-    let machine = &mut manifest.machines[0];
-    (machine.kernel, machine.disks) = (None, Vec::new());
-    machine.ram = writer.put_ram("client", &memory(pages), pages.len() as u64 * 4096, &mut none).unwrap();
-    machine.device_state = writer.put_bytes(Piece::DeviceState, "client", name.as_bytes()).unwrap();
-    manifest.frames = writer.put_frames(&frames(1)).unwrap();
-    manifest.bytes = writer.seal().unwrap();
-    writer.commit(manifest).unwrap();
+fn take(sample: &Sample, store: &Store, name: &str, pages: &Pages) {
+    sample.commit_memory(store, name, &memory(pages), name.as_bytes());
     assert_eq!(sample.names_in("incoming"), [""; 0]);
 }
 
@@ -64,16 +55,12 @@ proptest! {
     fn a_store_is_a_map_of_snapshots(kind in 0..2_usize, steps in prop::collection::vec(step(), 1..14)) {
         let sample = BOTH[kind]();
         let mut store = sample.reopened();
-        let template = {
-            let writer = store.begin().unwrap();
-            sample.put_all(&writer, "template", 1).unwrap()
-        };
         let mut model: BTreeMap<String, Pages> = BTreeMap::new();
         for (number, step) in steps.into_iter().enumerate() {
             let name = format!("s{number}");
             match step {
                 Step::Take(pages) => {
-                    take(&sample, &store, &template, &name, &pages);
+                    take(&sample, &store, &name, &pages);
                     model.insert(name, pages);
                 }
                 Step::Change(of, changes) if !model.is_empty() => {
@@ -85,7 +72,7 @@ proptest! {
                         let page = page.index(pages.len());
                         pages[page] = kind;
                     }
-                    take(&sample, &store, &template, &name, &pages);
+                    take(&sample, &store, &name, &pages);
                     model.insert(name, pages);
                 }
                 Step::Remove(which) if !model.is_empty() => {
@@ -107,7 +94,7 @@ proptest! {
             for (name, pages) in &model {
                 let id = store.find_name("pair", name).unwrap().unwrap();
                 let stored = store.load(&id).unwrap();
-                let copy = tempfile::tempfile_in("/dev/shm").unwrap();
+                let copy = scratch::file();
                 store.copy_ram(&stored, "client", &copy, &mut none).unwrap();
                 prop_assert!(contents(&copy) == contents(&memory(pages)), "memory of {}", name);
                 prop_assert_eq!(store.read_state(&stored, "client").unwrap(), name.as_bytes());
@@ -125,7 +112,7 @@ proptest! {
                 }
             }
         }
-        let report = store.check(CheckOptions { read_data: true, repair: false }, &mut none).unwrap();
+        let report = store.check(ALL, &mut none).unwrap();
         prop_assert!(report.is_sound(), "{:?}", report);
     }
 }

@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use diorama_store::*;
 
 use crate::sample::*;
+use crate::scratch;
 
 #[test]
 fn all_of_it_comes_back() {
@@ -24,7 +25,7 @@ fn all_of_it_comes_back() {
     sample.restores(&sample.store, &id, 7).unwrap();
 
     let mut last = (0, 0);
-    let copy = tempfile::tempfile_in("/dev/shm").unwrap();
+    let copy = scratch::file();
     again.copy_ram(&stored, "client", &copy, &mut |done, total| last = (done, total)).unwrap();
     assert_eq!(last, (RAM_BYTES, RAM_BYTES));
     let mut last = (0, 1);
@@ -50,7 +51,7 @@ fn memory_is_stored_and_restored_sparsely() {
     let record = &stored.manifest.machines[0].ram;
     let used: u64 = USED.iter().map(|(_, bytes)| bytes).sum();
     assert_eq!((record.used_bytes, record.bytes), (used, RAM_BYTES));
-    let copy = tempfile::tempfile_in("/dev/shm").unwrap();
+    let copy = scratch::file();
     sample.store.copy_ram(&stored, "client", &copy, &mut none).unwrap();
     assert_eq!(copy.metadata().unwrap().blocks() * 512, used);
 }
@@ -61,7 +62,7 @@ fn a_large_memory_comes_back() {
     use std::os::unix::fs::FileExt;
     let sample = Sample::new();
     let bytes = 40 * MIB + 12 * 4096;
-    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    let file = scratch::file();
     file.set_len(bytes).unwrap();
     let unique = noise(1, 36 << 20);
     file.write_all_at(&unique, 4096).unwrap();
@@ -89,10 +90,10 @@ fn a_large_memory_comes_back() {
     assert!(manifest.bytes.new > 36 << 20 && manifest.bytes.new < 38 << 20, "{:?}", manifest.bytes);
     let id = other.commit(manifest).unwrap();
     let store = sample.reopened();
-    let copy = tempfile::tempfile_in("/dev/shm").unwrap();
+    let copy = scratch::file();
     store.copy_ram(&store.load(&id).unwrap(), "client", &copy, &mut none).unwrap();
     assert!(contents(&copy) == contents(&file), "memory differs");
-    assert!(store.check(CheckOptions { read_data: true, repair: false }, &mut none).unwrap().is_sound());
+    assert!(store.check(ALL, &mut none).unwrap().is_sound());
 }
 
 #[test]

@@ -9,7 +9,11 @@ use diorama_store::backend::Backend;
 use diorama_store::*;
 use diorama_topology as topology;
 
+use crate::scratch;
+
 pub const MIB: u64 = 1 << 20;
+/// A check of everything.
+pub const ALL: CheckOptions = CheckOptions { read_data: true, repair: false };
 /// Not a whole number of blocks.
 pub const RAM_BYTES: u64 = 3 * MIB + 64 * 1024;
 /// Where memory is not zero: a page in the first block, one across two, and the last page. The second block is a
@@ -36,15 +40,14 @@ pub fn none(_: u64, _: u64) {}
 
 impl Sample {
     pub fn new() -> Self {
-        // In memory: the tests wait for a disk thousands of times otherwise.
-        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let folder = scratch::folder();
         let location = crate::place::new(folder.path());
         let store = Store::open(&location).unwrap();
         Self::around(folder, location, store, OpenOptions::default())
     }
 
     pub fn encrypted() -> Self {
-        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let folder = scratch::folder();
         let location = crate::place::new(folder.path());
         let store = Store::create_encrypted(&location, &key(1), PassphraseCost::default(), "first").unwrap();
         Self::around(folder, location, store, OpenOptions { secret: Some(key(1)), signer: None })
@@ -52,18 +55,29 @@ impl Sample {
 
     /// An encrypted one that signs.
     pub fn signing() -> Self {
-        let mut sample = Self::encrypted();
-        let path = sample.folder.path().join("signing.pem");
+        Self::encrypted().signed().0
+    }
+
+    /// The same, and from now on it signs with a key of its own.
+    pub fn signed(self) -> (Self, PublicKey) {
+        let path = self.folder.path().join("signing.pem");
         fs::write(&path, &*SigningKey::generate().0).unwrap();
-        sample.options.signer = Some(SigningKey::read(&path).unwrap());
-        sample.store = sample.reopened();
-        sample
+        self.signed_with(&path)
+    }
+
+    /// The same with this key.
+    pub fn signed_with(mut self, path: &Path) -> (Self, PublicKey) {
+        let signer = SigningKey::read(path).unwrap();
+        let public = signer.public();
+        self.options.signer = Some(signer);
+        self.store = self.reopened();
+        (self, public)
     }
 
     /// One whose store is somewhere else.
     #[allow(dead_code, reason = "what only a bucket's tests need")]
-    pub fn in_place(location: Location) -> Self {
-        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    pub fn in_place(location: impl Into<Location>) -> Self {
+        let (folder, location) = (scratch::folder(), location.into());
         let store = Store::open(&location).unwrap();
         Self::around(folder, location, store, OpenOptions::default())
     }
@@ -81,7 +95,7 @@ impl Sample {
     pub fn restores(&self, store: &Store, id: &SnapshotId, seed: u8) -> Result<(), StoreError> {
         let stored = store.load(id)?;
         assert_eq!(store.read_frames(&stored)?, frames(seed));
-        let copy = || tempfile::tempfile_in("/dev/shm").unwrap();
+        let copy = || scratch::file();
         for machine in &stored.manifest.machines {
             let ram_copy = copy();
             store.copy_ram(&stored, &machine.name, &ram_copy, &mut none)?;
@@ -100,6 +114,17 @@ impl Sample {
     pub fn commit(&self, name: &str, seed: u8) -> SnapshotId {
         let writer = self.store.begin().unwrap();
         let manifest = self.put_all(&writer, name, seed).unwrap();
+        writer.commit(manifest).unwrap()
+    }
+
+    /// A snapshot of one machine with this memory and device state, and no disks.
+    pub fn commit_memory(&self, store: &Store, name: &str, ram: &File, state: &[u8]) -> SnapshotId {
+        let writer = store.begin().unwrap();
+        let bytes = ram.metadata().unwrap().len();
+        let ram = writer.put_ram("client", ram, bytes, &mut none).unwrap();
+        let state = writer.put_bytes(Piece::DeviceState, "client", state).unwrap();
+        let frames = writer.put_frames(&frames(1)).unwrap();
+        let manifest = manifest(name, vec![machine("client", ram, state)], frames, writer.seal().unwrap());
         writer.commit(manifest).unwrap()
     }
 
@@ -170,7 +195,7 @@ pub fn layer(folder: &Path, machine: &str, index: usize) -> PathBuf {
 }
 
 pub fn ram(seed: u8) -> File {
-    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    let file = scratch::file();
     file.set_len(RAM_BYTES).unwrap();
     for (offset, bytes) in USED {
         file.write_all_at(&vec![seed; bytes as usize], offset).unwrap();
@@ -211,7 +236,20 @@ pub fn frames(seed: u8) -> Vec<StoredFrame> {
 }
 
 fn put_machine(folder: &Path, writer: &Writer, name: &str, seed: u8) -> Result<MachineRecord, StoreError> {
-    Ok(MachineRecord {
+    let ram = writer.put_ram(name, &ram(seed), RAM_BYTES, &mut none)?;
+    let mut machine = machine(name, ram, writer.put_bytes(Piece::DeviceState, name, &state(seed))?);
+    machine.disks.push(DiskRecord {
+        name: "root".into(),
+        layers: vec![writer.put_layer(name, "root", 0, LayerFormat::Qcow2, &layer(folder, name, 0))?],
+        base: None,
+        virtual_bytes: 64 * MIB,
+    });
+    machine.kernel = Some(writer.put_blob(&folder.join("kernel"))?);
+    Ok(machine)
+}
+
+fn machine(name: &str, ram: RamRecord, device_state: FileRecord) -> MachineRecord {
+    MachineRecord {
         name: name.into(),
         host: "here".into(),
         state: MachineState::Running,
@@ -227,18 +265,13 @@ fn put_machine(folder: &Path, writer: &Writer, name: &str, seed: u8) -> Result<M
             memory_bytes: RAM_BYTES,
             tb_size_mib: Some(32),
         },
-        ram: writer.put_ram(name, &ram(seed), RAM_BYTES, &mut none)?,
-        device_state: writer.put_bytes(Piece::DeviceState, name, &state(seed))?,
-        disks: vec![DiskRecord {
-            name: "root".into(),
-            layers: vec![writer.put_layer(name, "root", 0, LayerFormat::Qcow2, &layer(folder, name, 0))?],
-            base: None,
-            virtual_bytes: 64 * MIB,
-        }],
-        kernel: Some(writer.put_blob(&folder.join("kernel"))?),
+        ram,
+        device_state,
+        disks: Vec::new(),
+        kernel: None,
         initrd: None,
         cmdline: Some("console=ttyS0".into()),
-    })
+    }
 }
 
 fn manifest(name: &str, machines: Vec<MachineRecord>, frames: FileRecord, bytes: Bytes) -> Manifest {

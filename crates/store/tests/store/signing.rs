@@ -8,19 +8,6 @@ use diorama_store::*;
 
 use crate::sample::*;
 
-const ALL: CheckOptions = CheckOptions { read_data: true, repair: false };
-
-/// A sample whose store signs, and the key's file.
-fn signing(make: fn() -> Sample) -> (Sample, SigningKey) {
-    let mut sample = make();
-    let path = sample.folder.path().join("signing.pem");
-    fs::write(&path, &*SigningKey::generate().0).unwrap();
-    let signer = SigningKey::read(&path).unwrap();
-    sample.options.signer = Some(signer.clone());
-    sample.store = sample.reopened();
-    (sample, signer)
-}
-
 fn signature_file(sample: &Sample, id: &SnapshotId) -> std::path::PathBuf {
     sample.root().join(format!("signatures/{id}"))
 }
@@ -28,12 +15,12 @@ fn signature_file(sample: &Sample, id: &SnapshotId) -> std::path::PathBuf {
 #[test]
 fn a_snapshot_says_who_signed_it() {
     for make in BOTH {
-        let (sample, signer) = signing(make);
+        let (sample, signer) = make().signed();
         let id = sample.commit("signed", 1);
         // By whoever has nothing but the store.
         let options = OpenOptions { signer: None, ..sample.options.clone() };
         let store = Store::open_with(&sample.root(), &options).unwrap();
-        assert_eq!(store.signature(&id).unwrap(), Signature::By(signer.public()));
+        assert_eq!(store.signature(&id).unwrap(), Signature::By(signer));
         let writer = store.begin().unwrap();
         let manifest = sample.put_all(&writer, "unsigned", 2).unwrap();
         let unsigned = writer.commit(manifest).unwrap();
@@ -45,10 +32,10 @@ fn a_snapshot_says_who_signed_it() {
         assert!(refused.is_damage(), "{refused:?}");
         fs::remove_file(signature_file(&sample, &id)).unwrap();
         store.put_signature(&id, &bytes).unwrap();
-        assert_eq!(store.signature(&id).unwrap(), Signature::By(signer.public()));
+        assert_eq!(store.signature(&id).unwrap(), Signature::By(signer));
         let elsewhere = Sample::new();
         store.copy_to(&id, &elsewhere.store, None, &|| false, &mut none).unwrap();
-        assert_eq!(elsewhere.store.signature(&id).unwrap(), Signature::By(signer.public()));
+        assert_eq!(elsewhere.store.signature(&id).unwrap(), Signature::By(signer));
         store.remove(&id).unwrap();
         store.remove(&unsigned).unwrap();
         assert_eq!(sample.names_in("signatures"), [""; 0]);
@@ -79,7 +66,7 @@ fn a_damaged_signature_is_none_and_named() {
     ];
     for make in BOTH {
         for (way, harm) in ways {
-            let (sample, _) = signing(make);
+            let (sample, _) = make().signed();
             let id = sample.commit("signed", 1);
             let other = sample.commit("other", 2);
             let file = signature_file(&sample, &id);
@@ -96,7 +83,7 @@ fn a_damaged_signature_is_none_and_named() {
             sample.restores(&sample.store, &id, 1).unwrap();
         }
         // Swapped: each is whole, and of another snapshot.
-        let (sample, _) = signing(make);
+        let (sample, _) = make().signed();
         let (a, b) = (sample.commit("a", 1), sample.commit("b", 2));
         fs::copy(signature_file(&sample, &a), signature_file(&sample, &b)).unwrap();
         assert!(matches!(sample.store.signature(&b).unwrap(), Signature::Wrong { .. }));
@@ -106,7 +93,7 @@ fn a_damaged_signature_is_none_and_named() {
 /// A writer that dies between its signature and its manifest leaves nothing but what the next collection removes.
 #[test]
 fn a_signature_of_nothing_is_collected() {
-    let (sample, _) = signing(Sample::new);
+    let (sample, _) = Sample::new().signed();
     let id = sample.commit("kept", 1);
     let stray = SnapshotId::of_manifest(b"never there");
     fs::write(signature_file(&sample, &stray), b"whatever").unwrap();
@@ -133,11 +120,8 @@ fn openssl_verifies_it_too() {
         None => return eprintln!("skipped: openssl is not installed"),
     }
     assert_eq!(openssl(&["pkey", "-in", "key.pem", "-pubout", "-out", "public.pem"]), Some(true));
-    let mut sample = Sample::new();
-    let signer = SigningKey::read(&at("key.pem")).unwrap();
-    assert_eq!(PublicKey::read_all(&at("public.pem")).unwrap(), [signer.public()]);
-    sample.options.signer = Some(signer);
-    sample.store = sample.reopened();
+    let (sample, signer) = Sample::new().signed_with(&at("key.pem"));
+    assert_eq!(PublicKey::read_all(&at("public.pem")).unwrap(), [signer]);
     let id = sample.commit("signed", 1);
     let object: serde_json::Value =
         serde_json::from_slice(&fs::read(signature_file(&sample, &id)).unwrap()).unwrap();

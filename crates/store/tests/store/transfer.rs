@@ -4,13 +4,10 @@ use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use diorama_store::backend::folder::Folder;
 use diorama_store::*;
 
 use crate::faulty::{Fault, Faulty, Switchboard};
 use crate::sample::*;
-
-const ALL: CheckOptions = CheckOptions { read_data: true, repair: false };
 
 /// Nothing is there, and nothing wrong.
 fn assert_empty(sample: &Sample, what: &str) {
@@ -276,8 +273,7 @@ fn an_interrupted_transfer_leaves_nothing_visible_and_goes_on() {
         for position in 0.. {
             let to = Sample::new();
             let board = Switchboard::new(fault);
-            let folder = Arc::new(Folder::open(&to.root()).unwrap());
-            let store = Store::with_backend(Faulty::new(folder, &board)).unwrap();
+            let store = Store::with_backend(Faulty::new(Arc::clone(&to.backend), &board)).unwrap();
             board.arm(position);
             let copied = from.store.copy_to(&one, &store, Some("copy"), &|| false, &mut none);
             drop(store);

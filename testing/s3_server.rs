@@ -1,18 +1,29 @@
-//! A real S3 server (SeaweedFS) for tests: a process of its own, that never outlives the test's.
+//! A real S3 server (SeaweedFS) for tests. Included by path; it belongs to no crate.
 //!
-//! A shell watches over it: when the pipe from the test's process closes, however that process ended, the shell kills
-//! the server and removes all that it left.
+//! One serves all tests of a run, though each of them may be a process of its own: the first that needs it starts it.
+//! A test that kills or starves its server has one of its own.
+//!
+//! A server never outlives its users, however they end. Each holds a lock on its folder's `users`, which the system
+//! releases with the process. A shell beside the server waits until it can have that lock alone, kills the server and
+//! removes the folder. (The one for all it leaves for some seconds more, while the tests' runner is there: another test
+//! may be about to begin.) Under the lock on `starting` nobody else starts or ends the server.
 
-use std::io::{Read, Write};
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::scratch;
+
 /// Who may ask.
-pub const ACCESS_KEY: &str = "diorama";
-pub const SECRET_KEY: &str = "a secret of the tests";
+const ACCESS_KEY: &str = "diorama";
+const SECRET_KEY: &str = "a secret of the tests";
 /// The one bucket that there is.
 pub const BUCKET: &str = "snapshots";
 
@@ -21,48 +32,111 @@ const START: Duration = Duration::from_secs(90);
 /// S3, master, volume, filer; and what each of them offers to the others.
 const PORTS: usize = 8;
 
+/// The lock of whoever starts or ends a server, and the one of whoever uses it.
+const STARTING: &str = "starting";
+const USERS: &str = "users";
+/// The ports of a server that can be used, one on each line.
+const READY: &str = "ready";
+/// How long a server waits for the next test, in tenths of a second.
+const LINGER: u32 = 50;
+
 const WATCH: &str = r#"
-exec 3<&0
-folder=$1; ports=$2; shift 2
-"$@" >"$folder/log" 2>&1 </dev/null &
+folder=$1; runner=$2; linger=$3; ports=$4; shift 4
+exec 8>>"$folder/starting" 9>>"$folder/users"
+"$@" >"$folder/log" 2>&1 </dev/null 8>&- 9>&- &
 echo $! >"$folder/pid"
-read -r _ <&3
+while :; do
+    flock 9; flock -u 9
+    for _ in $(seq "$linger"); do
+        kill -0 "$runner" 2>/dev/null || break
+        sleep 0.1
+        flock -n 9 || continue 2
+        flock -u 9
+    done
+    flock 8
+    flock -n 9 && break
+    flock -u 8
+done
 kill -9 $! 2>/dev/null
 wait
-rm -rf "$folder"
+[ "$folder/starting" -ef /proc/self/fd/8 ] && mv "$folder" "$folder-$$"
+rm -rf "$folder-$$"
 for port in $ports; do rm -f /tmp/seaweedfs-*-"$port".sock; done
 "#;
 
 /// See the module.
 pub struct Server {
-    program: PathBuf,
     folder: PathBuf,
     ports: [u16; PORTS],
-    /// Ends when its standard input does.
+    /// The lock on `users`.
+    using: Option<Flock<File>>,
+    /// The shells; each ends some time after the lock was given back.
     watches: Vec<Child>,
+    is_own: bool,
 }
 
 impl Server {
-    /// Starts one with an empty bucket.
+    /// The one for all tests of this run, which is started if this is the first to need it.
+    pub fn shared() -> Self {
+        // All tests of a run are children of one process.
+        let runner = nix::unistd::getppid();
+        let folder = scratch::of_process(runner.as_raw().unsigned_abs(), "s3");
+        loop {
+            match std::fs::create_dir(&folder) {
+                Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+                    panic!("{}: {error}", folder.display())
+                }
+                _ => {}
+            }
+            // The server before may be ending: then its folder goes, with the lock that was waited for.
+            let Some(starting) = lock(&folder.join(STARTING), FlockArg::LockExclusive) else { continue };
+            let here = std::fs::metadata(folder.join(STARTING)).map(|there| there.ino()).ok();
+            if here != Some(starting.metadata().unwrap().ino()) {
+                continue;
+            }
+            let mut server = Self::in_folder(folder.clone(), false);
+            match std::fs::read_to_string(folder.join(READY)) {
+                Ok(ports) => {
+                    let ports: Vec<u16> = ports.lines().map(|port| port.parse().unwrap()).collect();
+                    server.ports = ports.try_into().unwrap();
+                }
+                // Nobody has started it, or who did has died meanwhile.
+                Err(_) => {
+                    server.start_anew(LINGER);
+                    let ports: Vec<String> = server.ports.iter().map(u16::to_string).collect();
+                    std::fs::write(folder.join(READY), ports.join("\n")).unwrap();
+                }
+            }
+            return server;
+        }
+    }
+
+    /// One of one's own, with an empty bucket.
     pub fn start() -> Self {
-        // Without it, nothing is begun that somebody would have to remove.
-        let program = program();
-        let folder = tempfile::TempDir::with_prefix_in("s3-", "/dev/shm").unwrap().keep();
+        let mut server = Self::in_folder(scratch::folder().keep(), true);
+        server.start_anew(0);
+        server
+    }
+
+    fn in_folder(folder: PathBuf, is_own: bool) -> Self {
+        let using = lock(&folder.join(USERS), FlockArg::LockShared);
+        Self { folder, ports: [0; PORTS], using, watches: Vec::new(), is_own }
+    }
+
+    /// Somebody else may take a port before the server does.
+    fn start_anew(&mut self, linger: u32) {
         let identities = format!(
             r#"{{"identities": [{{"name": "tests", "actions": ["Admin", "Read", "Write", "List"],
                 "credentials": [{{"accessKey": "{ACCESS_KEY}", "secretKey": "{SECRET_KEY}"}}]}}]}}"#
         );
-        std::fs::write(folder.join("s3.json"), identities).unwrap();
-        // Somebody else may take a port before the server does.
-        let mut server = Self { program, folder, ports: free_ports(), watches: Vec::new() };
+        std::fs::write(self.folder.join("s3.json"), identities).unwrap();
         for _ in 0..3 {
-            if server.run() {
-                server.make_bucket();
-                return server;
+            self.ports = free_ports();
+            if self.run(linger) {
+                return self.make_bucket();
             }
-            server.ports = free_ports();
         }
-        panic!("the S3 server does not start:\n{}", server.log());
+        panic!("the S3 server does not start:\n{}", self.log());
     }
 
     /// Where it is.
@@ -76,18 +150,15 @@ impl Server {
     }
 
     /// The variables that lead to it.
+    #[allow(dead_code, reason = "not every program's tests need them")]
     pub fn variable(&self, name: &str) -> Option<String> {
-        match name {
-            "AWS_ENDPOINT_URL" => Some(self.endpoint()),
-            "AWS_ACCESS_KEY_ID" => Some(ACCESS_KEY.to_owned()),
-            "AWS_SECRET_ACCESS_KEY" => Some(SECRET_KEY.to_owned()),
-            "AWS_REGION" => Some("us-east-1".to_owned()),
-            _ => None,
-        }
+        variable(&self.endpoint(), name)
     }
 
     /// Kills it, as a crash would.
+    #[allow(dead_code, reason = "not every program's tests do")]
     pub fn kill(&self) {
+        assert!(self.is_own, "others use it");
         let pid = std::fs::read_to_string(self.folder.join("pid")).unwrap();
         let pid = nix::unistd::Pid::from_raw(pid.trim().parse().unwrap());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
@@ -98,20 +169,25 @@ impl Server {
     }
 
     /// Starts it again with what it had.
+    #[allow(dead_code, reason = "not every program's tests do")]
     pub fn start_again(&mut self) {
-        assert!(self.run(), "the S3 server does not start again:\n{}", self.log());
+        assert!(self.run(0), "the S3 server does not start again:\n{}", self.log());
         self.make_bucket();
     }
 
     /// Whether it came to answer.
-    fn run(&mut self) -> bool {
+    fn run(&mut self, linger: u32) -> bool {
+        // Without it, nothing is begun.
+        let program = program();
         let [s3, master, volume, filer, grpc @ ..] = self.ports;
+        let folder = self.folder.display();
         let options = [
-            format!("-dir={}", self.folder.display()),
+            format!("-dir={folder}"),
             "-ip=127.0.0.1".to_owned(),
             "-ip.bind=127.0.0.1".to_owned(),
             "-s3".to_owned(),
-            format!("-s3.config={}/s3.json", self.folder.display()),
+            format!("-s3.config={folder}/s3.json"),
+            format!("-s3.localSocket={folder}/s3.sock"),
             "-s3.iam=false".to_owned(),
             "-s3.port.iceberg=0".to_owned(),
             "-s3.port.lance=0".to_owned(),
@@ -120,6 +196,7 @@ impl Server {
             format!("-s3.port.grpc={}", grpc[0]),
             format!("-master.port={master}"),
             format!("-master.port.grpc={}", grpc[1]),
+            "-master.telemetry=false".to_owned(),
             "-master.volumeSizeLimitMB=64".to_owned(),
             "-master.electionTimeout=500ms".to_owned(),
             "-master.heartbeatInterval=100ms".to_owned(),
@@ -128,20 +205,22 @@ impl Server {
             "-volume.max=0".to_owned(),
             "-volume.preStopSeconds=0".to_owned(),
             format!("-filer.port={filer}"),
+            format!("-filer.localSocket={folder}/filer.sock"),
             format!("-filer.port.grpc={}", grpc[3]),
         ];
+        let runner = nix::unistd::getppid();
         let ports: Vec<String> = self.ports.iter().map(u16::to_string).collect();
         let watch = Command::new("sh")
             .args(["-c", WATCH, "watch"])
             .arg(&self.folder)
-            .arg(ports.join(" "))
-            .arg(&self.program)
+            .args([runner.to_string(), linger.to_string(), ports.join(" ")])
+            .arg(program)
             .args(["-logtostderr=true", "server"])
             .args(options)
             .current_dir(&self.folder)
             // What ends the tests' group, such as Ctrl-C, must not end who cleans up after them.
             .process_group(0)
-            .stdin(Stdio::piped())
+            .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -192,10 +271,32 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        for mut watch in self.watches.drain(..) {
-            drop(watch.stdin.take());
-            let _ = watch.wait();
+        drop(self.using.take());
+        if self.is_own {
+            for mut watch in self.watches.drain(..) {
+                let _ = watch.wait();
+            }
         }
+    }
+}
+
+/// The variables that lead to a server.
+pub fn variable(endpoint: &str, name: &str) -> Option<String> {
+    match name {
+        "AWS_ENDPOINT_URL" => Some(endpoint.to_owned()),
+        "AWS_ACCESS_KEY_ID" => Some(ACCESS_KEY.to_owned()),
+        "AWS_SECRET_ACCESS_KEY" => Some(SECRET_KEY.to_owned()),
+        "AWS_REGION" => Some("us-east-1".to_owned()),
+        _ => None,
+    }
+}
+
+/// `None`: its folder is gone.
+fn lock(path: &Path, how: FlockArg) -> Option<Flock<File>> {
+    match File::options().create(true).append(true).open(path) {
+        Ok(file) => Some(Flock::lock(file, how).unwrap()),
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(error) => panic!("{}: {error}", path.display()),
     }
 }
 
