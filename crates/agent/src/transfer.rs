@@ -12,7 +12,7 @@ use diorama_api::{
     ApiError, ArrivalReport, ErrorKind, ExportReport, ExportRequest, ImportRequest, SecretFile, Stream,
     TransferReport, TransferRequest,
 };
-use diorama_store::{Arrived, BaseRecord, Location, OpenOptions, Store, StoreError};
+use diorama_store::{Arrived, BaseRecord, Location, OpenOptions, Signature, SnapshotId, Store, StoreError};
 use tempfile::NamedTempFile;
 
 use crate::Agent;
@@ -34,6 +34,7 @@ impl Agent {
     ) -> Result<ExportReport, ApiError> {
         let id = self.resolve_snapshot(query, environment)?;
         let stored = self.store.load(&id).map_err(store_error)?;
+        warn_of_signature(&self.store, &id, operation)?;
         operation.step("exporting");
         if self.store.keyring().is_some() {
             operation
@@ -139,6 +140,7 @@ impl Agent {
         let mut snapshots = Vec::new();
         for (id, query) in ids.iter().zip(&request.snapshots) {
             operation.check()?;
+            warn_of_signature(from, id, operation)?;
             let step = format!("copying {query}");
             operation.step(&step);
             let mut progress = |done, total| operation.bytes(&step, done, total);
@@ -290,6 +292,17 @@ fn images(bases: &[BaseRecord]) -> Vec<PathBuf> {
     images.sort();
     images.dedup();
     images
+}
+
+/// A signature that says nothing stays behind.
+fn warn_of_signature(store: &Store, id: &SnapshotId, operation: &Operation) -> Result<(), ApiError> {
+    if let Signature::Wrong { object, damage } = store.signature(id).map_err(store_error)? {
+        operation.warn(format!(
+            "the snapshot goes without its signature, which is wrong: {}: {damage}",
+            object.display()
+        ));
+    }
+    Ok(())
 }
 
 fn warn_of_images(images: &[PathBuf], operation: &Operation) {

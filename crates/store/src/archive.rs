@@ -2,18 +2,18 @@
 //! as well as in a file.
 //!
 //! ```text
-//! magic      8 bytes   "DIOARCH1", the last byte is the version
+//! magic      8 bytes   "DIOARCH2", the last byte is the version
 //! records, each:
-//!   kind     u8        1 manifest, 2 pack, 3 end
+//!   kind     u8        1 manifest, 2 pack, 3 end, 4 signature
 //!   zero     3 bytes
 //!   length   u32       of the contents
 //!   hash     32 bytes  BLAKE3 of the contents
 //!   contents
 //! ```
 //!
-//! The first record is the manifest, the last one the end; its contents are the hash of the magic and of all records'
-//! heads before it. A head has the hash of its contents, so the end covers every byte, and what has changed is named
-//! by the record it is in. Nothing follows the end.
+//! The first record is the manifest, and its signature may follow; the last one is the end. Its contents are the hash of
+//! the magic and of all records' heads before it. A head has the hash of its contents, so the end covers every byte, and
+//! what has changed is named by the record it is in. Nothing follows the end. Version 1 had no signatures; it is read.
 //!
 //! Invariant: no more memory is taken than the input has bytes, and than the longest record of its kind.
 
@@ -25,8 +25,11 @@ use crate::address::Address;
 use crate::error::StoreError;
 use crate::manifest::{MAX_MANIFEST_BYTES, ManifestProblem};
 use crate::pack::{PACK_BYTES_MAX, PackError};
+use crate::signature::OBJECT_BYTES_MAX as SIGNATURE_BYTES_MAX;
 
-const MAGIC: &[u8; 8] = b"DIOARCH1";
+const MAGIC: &[u8; 8] = b"DIOARCH2";
+/// What a magic of the version without signatures is.
+const MAGIC_1: &[u8; 8] = b"DIOARCH1";
 /// What a magic of another version begins with.
 const MAGIC_OF_ANY: &[u8; 7] = b"DIOARCH";
 const HEAD_BYTES: usize = 1 + 3 + 4 + 32;
@@ -42,6 +45,8 @@ pub(crate) enum Kind {
     Pack,
     /// The hash of all heads.
     End,
+    /// Who vouches for the snapshot: right after the manifest, or not at all.
+    Signature,
 }
 
 /// How an archive differs from what was written.
@@ -85,6 +90,8 @@ pub enum ArchiveProblem {
     Manifest(ManifestProblem),
     /// The hash is right, and yet it is not a pack.
     Pack(PackError),
+    /// The hash is right, and yet it is no signature of this snapshot.
+    Signature,
     /// Everything is as it was written, and yet something of the snapshot is not there.
     Lacks {
         /// Such as `ram/server`.
@@ -111,6 +118,7 @@ impl fmt::Display for ArchiveProblem {
             }
             Self::Manifest(problem) => write!(f, "{problem}"),
             Self::Pack(problem) => write!(f, "the pack there: {problem}"),
+            Self::Signature => write!(f, "the signature there is none of this snapshot"),
             Self::Lacks { part } => write!(f, "it does not hold all of {part}"),
         }
     }
@@ -163,21 +171,34 @@ pub(crate) struct ArchiveReader<'a> {
     heads: blake3::Hasher,
     /// How far it has been read.
     offset: u64,
+    may_be_signed: bool,
+    /// What was found where a signature might have been.
+    ahead: Option<Record>,
+}
+
+struct Record {
+    at: u64,
+    kind: Kind,
+    contents: Vec<u8>,
+    /// The hash of all heads before this one.
+    heads: blake3::Hash,
 }
 
 impl<'a> ArchiveReader<'a> {
     /// Looks whether it is one.
     pub(crate) fn new(input: &'a mut dyn Read) -> Result<Self, StoreError> {
-        let mut reader = Self { input, heads: blake3::Hasher::new(), offset: 0 };
+        let (heads, may_be_signed, ahead) = (blake3::Hasher::new(), false, None);
+        let mut reader = Self { input, heads, offset: 0, may_be_signed, ahead };
         let magic = reader.read(MAGIC.len() as u64)?;
-        if magic != MAGIC {
+        reader.may_be_signed = magic == MAGIC;
+        if magic != MAGIC && magic != MAGIC_1 {
             let problem = match magic.strip_prefix(MAGIC_OF_ANY) {
                 Some([found]) => ArchiveProblem::Version { found: char::from(*found) },
                 _ => ArchiveProblem::NotAnArchive,
             };
             return Err(damaged(0, problem));
         }
-        reader.heads.update(MAGIC);
+        reader.heads.update(&magic);
         Ok(reader)
     }
 
@@ -188,22 +209,33 @@ impl<'a> ArchiveReader<'a> {
 
     /// The manifest's bytes, which come first.
     pub(crate) fn manifest(&mut self) -> Result<Vec<u8>, StoreError> {
-        let at = self.offset;
         match self.record()? {
-            (Kind::Manifest, contents) => Ok(contents),
-            _ => Err(damaged(at, ArchiveProblem::Order)),
+            Record { kind: Kind::Manifest, contents, .. } => Ok(contents),
+            Record { at, .. } => Err(damaged(at, ArchiveProblem::Order)),
         }
+    }
+
+    /// What comes after the manifest, if it is a signature, and where it stands.
+    pub(crate) fn signature(&mut self) -> Result<Option<(u64, Vec<u8>)>, StoreError> {
+        let record = self.record()?;
+        if record.kind == Kind::Signature {
+            return Ok(Some((record.at, record.contents)));
+        }
+        self.ahead = Some(record);
+        Ok(None)
     }
 
     /// The next pack, and where it stands; `None` at the end, which has then been checked.
     pub(crate) fn pack(&mut self) -> Result<Option<(u64, Vec<u8>)>, StoreError> {
-        let at = self.offset;
-        let expected = self.heads.finalize();
-        match self.record()? {
-            (Kind::Pack, contents) => Ok(Some((at, contents))),
-            (Kind::Manifest, _) => Err(damaged(at, ArchiveProblem::Order)),
-            (Kind::End, contents) => {
-                if contents != expected.as_bytes() {
+        let Record { at, kind, contents, heads } = match self.ahead.take() {
+            Some(record) => record,
+            None => self.record()?,
+        };
+        match kind {
+            Kind::Pack => Ok(Some((at, contents))),
+            Kind::Manifest | Kind::Signature => Err(damaged(at, ArchiveProblem::Order)),
+            Kind::End => {
+                if contents != heads.as_bytes() {
                     return Err(damaged(at, ArchiveProblem::Records));
                 }
                 let mut more = [0];
@@ -221,13 +253,14 @@ impl<'a> ArchiveReader<'a> {
         }
     }
 
-    fn record(&mut self) -> Result<(Kind, Vec<u8>), StoreError> {
-        let at = self.offset;
+    fn record(&mut self) -> Result<Record, StoreError> {
+        let (at, heads) = (self.offset, self.heads.finalize());
         let head = self.read(HEAD_BYTES as u64)?;
         let kind = match head[..4] {
             [1, 0, 0, 0] => Kind::Manifest,
             [2, 0, 0, 0] => Kind::Pack,
             [3, 0, 0, 0] => Kind::End,
+            [4, 0, 0, 0] if self.may_be_signed => Kind::Signature,
             _ => return Err(damaged(at, ArchiveProblem::Head)),
         };
         let bytes = u64::from(u32::from_le_bytes([head[4], head[5], head[6], head[7]]));
@@ -240,7 +273,7 @@ impl<'a> ArchiveReader<'a> {
             return Err(damaged(at, ArchiveProblem::Contents));
         }
         self.heads.update(&head);
-        Ok((kind, contents))
+        Ok(Record { at, kind, contents, heads })
     }
 
     /// Exactly this much. What the input does not have is not allocated either.
@@ -262,6 +295,7 @@ impl Kind {
             Self::Manifest => 1,
             Self::Pack => 2,
             Self::End => 3,
+            Self::Signature => 4,
         }
     }
 
@@ -270,6 +304,7 @@ impl Kind {
             Self::Manifest => MAX_MANIFEST_BYTES,
             Self::Pack => PACK_BYTES_MAX,
             Self::End => Address::BYTES as u64,
+            Self::Signature => SIGNATURE_BYTES_MAX,
         }
     }
 }
@@ -293,10 +328,13 @@ mod tests {
 
     use super::*;
 
-    fn written(packs: &[Vec<u8>]) -> Vec<u8> {
+    fn written(signature: Option<&[u8]>, packs: &[Vec<u8>]) -> Vec<u8> {
         let mut out = Vec::new();
         let mut writer = ArchiveWriter::new(&mut out).unwrap();
         writer.record(Kind::Manifest, b"{}").unwrap();
+        if let Some(signature) = signature {
+            writer.record(Kind::Signature, signature).unwrap();
+        }
         for pack in packs {
             writer.record(Kind::Pack, pack).unwrap();
         }
@@ -305,29 +343,33 @@ mod tests {
         out
     }
 
-    fn read(mut bytes: &[u8]) -> Result<Vec<Vec<u8>>, ArchiveProblem> {
+    type Read = (Option<Vec<u8>>, Vec<Vec<u8>>);
+
+    fn read(mut bytes: &[u8]) -> Result<Read, ArchiveProblem> {
         let problem = |error| match error {
             StoreError::Archive { problem, .. } => problem,
             other => panic!("{other}"),
         };
         let mut reader = ArchiveReader::new(&mut bytes).map_err(problem)?;
         assert_eq!(reader.manifest().map_err(problem)?, b"{}");
+        let signature = reader.signature().map_err(problem)?.map(|(_, signature)| signature);
         let mut packs = Vec::new();
         while let Some((_, pack)) = reader.pack().map_err(problem)? {
             packs.push(pack);
         }
-        Ok(packs)
+        Ok((signature, packs))
     }
 
     proptest! {
         #[test]
         fn what_is_written_is_read_and_any_change_is_found(
+            signature in prop::option::of(prop::collection::vec(any::<u8>(), 0..300)),
             packs in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..300), 0..6),
             at in any::<prop::sample::Index>(),
             flip in 1_u8..,
         ) {
-            let whole = written(&packs);
-            prop_assert_eq!(read(&whole), Ok(packs));
+            let whole = written(signature.as_deref(), &packs);
+            prop_assert_eq!(read(&whole), Ok((signature, packs)));
             let at = at.index(whole.len());
             let mut changed = whole.clone();
             changed[at] ^= flip;
@@ -352,7 +394,7 @@ mod tests {
     #[test]
     fn records_are_neither_moved_nor_doubled_nor_left_out() {
         let packs = [vec![1; 50], vec![2; 50], vec![3; 50]];
-        let whole = written(&packs);
+        let whole = written(None, &packs);
         let record = HEAD_BYTES + 50;
         let first = 8 + HEAD_BYTES + 2;
         let (before, rest) = whole.split_at(first);
@@ -363,6 +405,17 @@ mod tests {
             let forged = [before, &moved.concat(), after].concat();
             assert_eq!(read(&forged), Err(ArchiveProblem::Records), "{order:?}");
         }
+        let signed = written(Some(b"signed"), &packs);
+        let (before, rest) = signed.split_at(first);
+        let (signature, after) = rest.split_at(HEAD_BYTES + 6);
+        assert_eq!(read(&[before, after].concat()), Err(ArchiveProblem::Records));
+        let late = [before, &after[..record], signature, &after[record..]].concat();
+        assert_eq!(read(&late), Err(ArchiveProblem::Order));
+        let twice = [before, signature, signature, after].concat();
+        assert_eq!(read(&twice), Err(ArchiveProblem::Order));
+        // Version 1 knows none.
+        let older = [MAGIC_1, &signed[8..]].concat();
+        assert_eq!(read(&older), Err(ArchiveProblem::Head));
         // A whole archive after another, and one that only claims to be long.
         assert_eq!(read(&[&whole[..], &whole].concat()), Err(ArchiveProblem::Excess));
         let mut long = whole[..8].to_vec();

@@ -14,6 +14,7 @@ use crate::pack::{
 };
 use crate::root::Store;
 use crate::seal::random_bytes;
+use crate::signature::signer_of;
 use crate::transfer::{Arrived, Copied, Intake};
 
 /// A snapshot that was written into a file.
@@ -30,7 +31,8 @@ pub struct Exported {
 }
 
 impl Store {
-    /// Writes a snapshot as one file. What the snapshot does not need is not in it. `progress` counts stored bytes.
+    /// Writes a snapshot as one file, with its signature if it has one. What the snapshot does not need is not in it.
+    /// `progress` counts stored bytes.
     ///
     /// # Errors
     /// When something of it is damaged, or the file cannot be written.
@@ -44,6 +46,9 @@ impl Store {
         let needed = self.needed(&copied.manifest)?;
         let mut archive = ArchiveWriter::new(out)?;
         archive.record(Kind::Manifest, &copied.bytes)?;
+        if let Some(signature) = &copied.signature {
+            archive.record(Kind::Signature, signature)?;
+        }
         let mut packing = Packing { archive: &mut archive, open: None };
         self.each_chunk(&needed, &mut |kind, address, bytes| packing.push(kind, *address, bytes), progress)?;
         packing.close()?;
@@ -69,7 +74,13 @@ impl Store {
     ) -> Result<Arrived, StoreError> {
         let mut archive = ArchiveReader::new(input)?;
         let at = archive.offset();
-        let copied = opened_manifest(archive.manifest()?).map_err(|problem| damaged(at, problem))?;
+        let mut copied = opened_manifest(archive.manifest()?).map_err(|problem| damaged(at, problem))?;
+        if let Some((at, signature)) = archive.signature()? {
+            if signer_of(&copied.id, &signature).is_none() {
+                return Err(damaged(at, ArchiveProblem::Signature));
+            }
+            copied.signature = Some(signature);
+        }
         let name = name.unwrap_or(&copied.manifest.name);
         let intake = Intake::begin(self, &copied, name)?;
         let mut chunks = Chunks::new(&intake.target);

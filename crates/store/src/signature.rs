@@ -25,7 +25,8 @@ use crate::seal::random_bytes;
 
 const SIGNATURES: &str = "signatures";
 const FORMAT: &str = "diorama-signature/1";
-const OBJECT_BYTES_MAX: u64 = 4 << 10;
+/// The longest that there can be.
+pub(crate) const OBJECT_BYTES_MAX: u64 = 4 << 10;
 const KEY_FILE_BYTES_MAX: u64 = 1 << 20;
 /// More signers than anybody trusts.
 const PUBLIC_KEYS_MAX: usize = 1024;
@@ -237,7 +238,7 @@ impl Store {
     }
 }
 
-fn signer_of(id: &SnapshotId, object: &[u8]) -> Option<PublicKey> {
+pub(crate) fn signer_of(id: &SnapshotId, object: &[u8]) -> Option<PublicKey> {
     let stored: Stored = serde_json::from_slice(object).ok()?;
     let key = PublicKey(stored.key.try_into().ok()?);
     (stored.format == FORMAT && key.has_signed(id, &stored.signature)).then_some(key)

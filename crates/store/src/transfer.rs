@@ -399,6 +399,12 @@ impl Intake {
             }
         }
         let name = if self.was_there {
+            // Whoever vouches for it here already goes on doing so.
+            if let Some(signature) = &copied.signature
+                && self.store.sound_signature(&copied.id)?.is_none()
+            {
+                self.store.put_signature(&copied.id, signature)?;
+            }
             self.store.alias(&copied.id)?.unwrap_or_else(|| copied.manifest.name.clone())
         } else {
             self.enter(copied, name)?;

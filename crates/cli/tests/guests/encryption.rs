@@ -150,6 +150,7 @@ fn snapshots_are_signed_and_others_refused() {
     let mut lab = Lab::new();
     let path = |name: &str| lab.folder().join(name).display().to_string();
     let (alice, bob) = (path("alice.pem"), path("bob.pem"));
+    let (exported, third) = (path("signed.diorama"), path("third"));
     let key = lab.ok(&["store", "signer", &alice])["key"].clone();
     lab.ok(&["store", "signer", &bob]);
     assert_eq!(lab.refused(&["store", "signer", &alice]).kind, "io");
@@ -198,5 +199,16 @@ fn snapshots_are_signed_and_others_refused() {
     }
     assert_eq!(elsewhere.ok(&["snapshot", "show", "unsigned"])["signature"]["state"], "wrong");
     elsewhere.ok(&["agent", "stop"]);
+
+    // A file and another store bring the signature, too.
+    lab.ok(&["export", "signed", "-o", &exported]);
+    lab.ok(&["store", "push", "signed", "--to", &third]);
+    let importer = Lab::new();
+    for bring in [&["import", &exported][..], &["store", "pull", "signed", "--from", &third]] {
+        importer.ok(bring);
+        importer.ok(&["snapshot", "verify", "signed", "--signed-by", &public]);
+        importer.ok(&["snapshot", "rm", "signed"]);
+    }
+    importer.finish();
     lab.finish();
 }

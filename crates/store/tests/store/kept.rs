@@ -63,10 +63,43 @@ fn each_format_restores() {
     }
 }
 
+/// Exported files of each version, by whom they are signed.
+const EXPORTS: [(&str, Option<&str>); 2] = [
+    ("export-1.diorama", None),
+    ("export-2.diorama", Some("12b046f587f3dd5997346845845fc7c17cf08e0aca6f639e5810f08dd68da5ee")),
+];
+
+#[test]
+fn each_exported_file_is_imported() {
+    for (file, signer) in EXPORTS {
+        let sample = Sample::new();
+        let bytes = fs::read(kept(file)).unwrap();
+        let arrived = sample.store.import(&mut &*bytes, None, &mut none).unwrap();
+        assert_eq!((arrived.name.as_str(), arrived.was_there), ("kept", false), "{file}");
+        assert!(sample.store.verify(&arrived.id, &mut none).unwrap().is_sound(), "{file}");
+        let stored = sample.store.load(&arrived.id).unwrap();
+        let copy = scratch::file();
+        sample.store.copy_ram(&stored, "client", &copy, &mut none).unwrap();
+        assert!(contents(&copy) == contents(&memory()), "{file}: memory differs");
+        let found = match sample.store.signature(&arrived.id).unwrap() {
+            Signature::By(key) => Some(key.to_string()),
+            Signature::None => None,
+            wrong => panic!("{file}: {wrong:?}"),
+        };
+        assert_eq!(found.as_deref(), signer, "{file}");
+    }
+}
+
 #[test]
 #[ignore = "writes the store of the present format into the source tree"]
 fn write() {
     KEPT.iter().zip(BOTH).for_each(|(format, make)| write_one(format, make()));
+    let (file, _) = EXPORTS[EXPORTS.len() - 1];
+    if !kept(file).exists() {
+        let (sample, _) = Sample::new().signed();
+        let id = sample.commit_memory(&sample.store, "kept", &memory(), b"device state");
+        sample.store.export(&id, &mut fs::File::create(kept(file)).unwrap(), &mut none).unwrap();
+    }
 }
 
 fn write_one(format: &str, sample: Sample) {

@@ -29,8 +29,10 @@ pub struct Sample {
     pub backend: Arc<dyn Backend>,
 }
 
+pub type Make = fn() -> Sample;
+
 /// A store, and an encrypted one.
-pub const BOTH: [fn() -> Sample; 2] = [Sample::new, Sample::encrypted];
+pub const BOTH: [Make; 2] = [Sample::new, Sample::encrypted];
 
 pub fn key(seed: u8) -> Secret {
     Secret::key(vec![seed; 32].into()).unwrap()
@@ -89,6 +91,25 @@ impl Sample {
             fs::write(layer(folder.path(), machine, 0), machine.repeat(50_000)).unwrap();
         }
         Self { folder, store, options, location, backend }
+    }
+
+    /// One whose store is in a folder, wherever others are.
+    #[allow(dead_code, reason = "what only a bucket's tests need")]
+    pub fn in_folder() -> Self {
+        let folder = scratch::folder();
+        let location = Location::Folder(folder.path().join("store"));
+        let store = Store::open(&location).unwrap();
+        Self::around(folder, location, store, OpenOptions::default())
+    }
+
+    /// Whole and as it was, for whoever has the store open and whoever opens it now.
+    pub fn assert_whole(&self, id: &SnapshotId, seed: u8) {
+        for store in [&self.store, &self.reopened()] {
+            assert!(store.verify(id, &mut none).unwrap().is_sound());
+            self.restores(store, id, seed).unwrap();
+            assert!(store.check(ALL, &mut none).unwrap().is_sound());
+        }
+        assert_eq!(self.names_in("incoming"), [""; 0]);
     }
 
     /// Everything that a restore reads, compared with what was put.

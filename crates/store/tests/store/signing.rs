@@ -42,6 +42,70 @@ fn a_snapshot_says_who_signed_it() {
     }
 }
 
+/// Through a file and from store to store, encrypted or not, and whether the snapshot comes with it or is there.
+#[test]
+fn a_signature_goes_where_its_snapshot_goes() {
+    for make in BOTH {
+        let (from, signer) = make().signed();
+        let id = from.commit("one", 1);
+        let export = |store: &Store| {
+            let mut file = Vec::new();
+            store.export(&id, &mut file, &mut none).unwrap();
+            file
+        };
+        let signed = export(&from.store);
+        let signature = fs::read(signature_file(&from, &id)).unwrap();
+        fs::remove_file(signature_file(&from, &id)).unwrap();
+        let unsigned = export(&from.store);
+        fs::write(signature_file(&from, &id), &signature).unwrap();
+        for make in BOTH {
+            let to = make();
+            let bring = |file: &[u8]| to.store.import(&mut &*file, None, &mut none).unwrap();
+            bring(&unsigned);
+            assert_eq!(to.store.signature(&id).unwrap(), Signature::None);
+            assert!(bring(&signed).was_there);
+            assert_eq!(to.reopened().signature(&id).unwrap(), Signature::By(signer));
+            bring(&unsigned);
+            assert_eq!(to.store.signature(&id).unwrap(), Signature::By(signer));
+            to.store.remove(&id).unwrap();
+            assert!(!bring(&signed).was_there);
+            assert_eq!(to.reopened().signature(&id).unwrap(), Signature::By(signer));
+            // One that is damaged is replaced, and does not travel.
+            fs::write(signature_file(&to, &id), b"nobody").unwrap();
+            let third = Sample::new();
+            to.store.copy_to(&id, &third.store, None, &|| false, &mut none).unwrap();
+            assert_eq!(third.store.signature(&id).unwrap(), Signature::None);
+            assert_eq!(export(&to.store).len(), unsigned.len());
+            from.store.copy_to(&id, &to.store, None, &|| false, &mut none).unwrap();
+            assert_eq!(to.store.signature(&id).unwrap(), Signature::By(signer));
+            assert!(to.store.check(ALL, &mut none).unwrap().is_sound());
+        }
+    }
+}
+
+/// Who has signed a snapshot where it is goes on doing so, whoever else signs it elsewhere.
+#[test]
+fn the_signature_that_is_there_stays() {
+    let (here, mine) = Sample::new().signed();
+    let id = here.commit("one", 1);
+    let (there, theirs) = Sample::new().signed();
+    here.store.copy_to(&id, &there.store, None, &|| false, &mut none).unwrap();
+    assert_eq!(
+        there.store.signature(&id).unwrap(),
+        Signature::By(mine),
+        "the store that it goes to does not sign"
+    );
+    let path = there.folder.path().join("signing.pem");
+    let again = Sample::new().signed_with(&path).0;
+    let writer = again.store.begin().unwrap();
+    let manifest = here.store.load(&id).unwrap().manifest;
+    again.put_all(&writer, "one", 1).unwrap();
+    assert_eq!(writer.commit(manifest).unwrap(), id);
+    assert_eq!(again.store.signature(&id).unwrap(), Signature::By(theirs));
+    assert!(again.store.copy_to(&id, &here.store, None, &|| false, &mut none).unwrap().was_there);
+    assert_eq!(here.store.signature(&id).unwrap(), Signature::By(mine));
+}
+
 #[test]
 fn a_damaged_signature_is_none_and_named() {
     type Harm = fn(&Path);
