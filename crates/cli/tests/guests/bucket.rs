@@ -15,6 +15,52 @@ fn lab(server: &Server) -> Lab {
     lab
 }
 
+/// A small one, which nobody has to run a machine for.
+const KEPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../store/tests/store/kept/export-2.diorama");
+
+/// From folder to bucket, from bucket to bucket, encrypted there, and back into a folder.
+#[test]
+fn snapshots_are_pushed_and_pulled() {
+    let server = Server::shared();
+    let place = |name: &str| format!("s3://{BUCKET}/{}/{name}", std::process::id());
+    let [mut one, mut two, mut three] = [(); 3].map(|()| Lab::new());
+    for lab in [&mut one, &mut two, &mut three] {
+        VARIABLES.iter().for_each(|name| lab.set(name, &server.variable(name).unwrap()));
+    }
+    let imported = one.ok(&["import", KEPT]);
+    let (plain, sealed) = (place("plain"), place("sealed"));
+    let refused = one.refused(&["store", "pull", "kept", "--from", &plain]);
+    assert!(refused.kind == "not-found" && refused.message.contains(&plain), "{refused:?}");
+    let pushed = one.ok(&["store", "push", "kept", "--to", &plain]);
+    let arrived = &pushed["snapshots"][0];
+    assert_eq!((&arrived["id"], &arrived["was_there"]), (&imported["id"], &false.into()), "{pushed}");
+    let again = one.ok(&["store", "push", "kept", "--to", &plain]);
+    assert_eq!(
+        (&again["snapshots"][0]["was_there"], &again["snapshots"][0]["new_bytes"]),
+        (&true.into(), &0.into())
+    );
+
+    let key = two.folder().join("key").display().to_string();
+    two.set("DIORAMA_STORE", &sealed);
+    two.set("DIORAMA_STORE_KEY_FILE", &key);
+    two.ok(&["store", "key", "new", &key]);
+    two.ok(&["store", "init", "--encrypt"]);
+    two.ok(&["store", "pull", "pair/kept", "--from", &plain, "--name", "sealed"]);
+    two.verify("sealed");
+    assert_eq!(two.snapshots(), ["sealed"]);
+
+    let refused = three.refused(&["store", "pull", "sealed", "--from", &sealed]);
+    assert_eq!(refused.kind, "locked", "{refused:?}");
+    three.ok(&["store", "pull", "sealed", "--from", &sealed, "--key-file", &key]);
+    three.verify("sealed");
+    let shown = three.ok(&["snapshot", "show", "sealed"]);
+    assert_eq!((&shown["id"], &shown["signature"]["state"]), (&imported["id"], &"valid".into()), "{shown}");
+    assert_eq!(three.ok(&["store", "check", "--read-data"])["ok"], true);
+    for lab in [one, two, three] {
+        lab.finish();
+    }
+}
+
 #[test]
 fn another_computer_restores_from_the_bucket_alone() {
     let mut server = Server::start();

@@ -17,7 +17,6 @@ mod interrupts;
 mod lab;
 mod life;
 mod resting;
-#[allow(dead_code, reason = "its server is not shared here")]
 #[path = "../../../../testing/s3_server.rs"]
 mod s3_server;
 #[path = "../../../../testing/scratch.rs"]

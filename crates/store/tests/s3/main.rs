@@ -10,6 +10,8 @@ mod faults;
 mod faulty;
 #[path = "../store/model.rs"]
 mod model;
+#[path = "../store/moving.rs"]
+mod moving;
 #[path = "../store/names.rs"]
 mod names;
 mod place;

@@ -8,7 +8,7 @@ use diorama_store::Location;
 use diorama_store::backend::s3::S3Settings;
 
 use crate::s3_server::{BUCKET, Server, variable};
-use crate::sample::Sample;
+use crate::sample::{Make, Sample};
 
 /// Each so many operations one is made to fail: each try takes hundreds of requests.
 pub const FAULT_STRIDE: usize = 5;
@@ -16,6 +16,15 @@ pub const FAULT_STRIDE: usize = 5;
 pub const CASES: u32 = 3;
 /// What a writer has staged is left to a collection: others may rely on it by then.
 pub const STAGED_GOES: bool = false;
+
+/// From what to what snapshots are moved.
+pub const WAYS: [(Make, Make); 5] = [
+    (Sample::in_folder, Sample::new),
+    (Sample::new, Sample::in_folder),
+    (Sample::new, Sample::encrypted),
+    (Sample::encrypted, Sample::new),
+    (Sample::in_folder, Sample::encrypted),
+];
 
 /// The one for all tests.
 pub fn server() -> &'static Server {

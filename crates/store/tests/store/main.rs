@@ -12,6 +12,7 @@ mod kept;
 #[path = "../../../../testing/mangle.rs"]
 mod mangle;
 mod model;
+mod moving;
 mod names;
 mod place;
 mod round_trip;

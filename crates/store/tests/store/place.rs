@@ -4,7 +4,7 @@ use std::path::Path;
 
 use diorama_store::Location;
 
-use crate::sample::Sample;
+use crate::sample::{Make, Sample};
 
 /// Each so many operations one is made to fail.
 pub const FAULT_STRIDE: usize = 1;
@@ -12,6 +12,10 @@ pub const FAULT_STRIDE: usize = 1;
 pub const CASES: u32 = 48;
 /// What a writer stages goes when it gives up, and is not left to a collection.
 pub const STAGED_GOES: bool = true;
+
+/// From what to what snapshots are moved.
+pub const WAYS: [(Make, Make); 3] =
+    [(Sample::new, Sample::new), (Sample::new, Sample::encrypted), (Sample::encrypted, Sample::new)];
 
 /// Which operation is the first to fail, of each kind of fault.
 pub fn first_fault(_: usize) -> usize {
