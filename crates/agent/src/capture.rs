@@ -31,7 +31,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use diorama_qemu::migration::{RamFile, Splitter, StreamError};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 
 /// How much is read of the stream at once.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -41,6 +41,13 @@ const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 const MOST_STATE_BYTES: usize = 256 << 20;
 /// In pre-copy, the part of the memory that comes before the gate closes, in percent.
 const GATE_PERCENT: u64 = 90;
+
+/// How long a live capture is left to itself between two looks, once its memory comes. QEMU sends every page by a call of
+/// its own, and wakes whoever waits for it: which costs both sides more than the page does, and the machine with them.
+const LOOK_INTERVAL: Duration = Duration::from_micros(500);
+/// The part of the socket's buffer that, found at once, has it looked at again without a pause: QEMU must not find the socket
+/// full. (Of a small buffer that is little: what the kernel keeps beside each page counts, too.)
+const MUCH: usize = 4;
 
 /// How long QEMU may write nothing to a capture that is only read to its end, before it is taken for stuck.
 const SILENCE_LIMIT: Duration = Duration::from_secs(30);
@@ -195,7 +202,7 @@ impl Capture {
             std::thread::Builder::new()
                 .name(format!("capture {machine}"))
                 .spawn(move || {
-                    let gated = Gated { gate: &gate, gating, theirs: theirs_too };
+                    let gated = Gated { gate: &gate, gating, live, theirs: theirs_too };
                     let result = split(&machine, &mut reader, file, ram_path, memory_bytes, gated);
                     if result.is_err()
                         && live
@@ -329,6 +336,7 @@ impl Write for DeviceState {
 struct Gated<'a> {
     gate: &'a Gate,
     gating: Gating,
+    live: bool,
     /// QEMU's end, to be made larger.
     theirs: UnixStream,
 }
@@ -356,6 +364,12 @@ fn enlarge(theirs: &UnixStream) {
     if setsockopt(theirs, sockopt::SndBufForce, &SOCKET_BUFFER_BYTES).is_err() {
         let _ = setsockopt(theirs, sockopt::SndBuf, &SOCKET_BUFFER_BYTES);
     }
+}
+
+/// How much fits the socket's buffer, at most.
+fn room(theirs: &UnixStream) -> usize {
+    // Linux answers twice what was asked for, to have room for what it keeps beside the data (socket(7)).
+    getsockopt(theirs, sockopt::SndBuf).map_or(0, |doubled| doubled / 2)
 }
 
 /// Takes what still comes to its end, and keeps none of it.
@@ -390,6 +404,7 @@ fn split(
         gated.gate.pass();
         enlarge(&gated.theirs);
     }
+    let much = if gated.live { room(&gated.theirs).min(CHUNK_BYTES) / MUCH } else { 0 };
     // Or this end would keep the socket open when QEMU has closed it.
     drop(gated.theirs);
     loop {
@@ -407,6 +422,9 @@ fn split(
             .map_err(|source| CaptureError::Stream { machine: machine.to_owned(), source })?;
         if splitter.pages_seen() > 0 {
             gated.gate.memory_comes.store(true, Ordering::Release);
+            if read < much && !splitter.ram_complete() {
+                std::thread::sleep(LOOK_INTERVAL);
+            }
         }
         if !passed && splitter.pages_seen() >= gate_pages {
             gated.gate.pass();
