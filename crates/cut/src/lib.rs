@@ -56,7 +56,8 @@
 //!
 //! # What the protocol relies on its host for
 //!
-//! - A participant's epoch survives a crash of its process (it stands with the ports).
+//! - A participant's epoch survives a crash of its process: it is written down before any port has it, and the process that
+//!   comes back begins at what was written, with its ports.
 //! - `CaptureDone` and `RecordingStopped` mean *durable*: when both were fed, a process that crashes and
 //!   comes back starts with [`Participant::recover`], not with [`Participant::new`].
 //! - Two hosts count the same frames. When one has lost its counts, as by its agent's death, both begin them anew

@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use diorama_cut::report::{Drops, Frames, NetworkFrames, NetworkId as GlobalNetwork};
-use diorama_cut::{CutId, Initiator, Participant, ParticipantId};
+use diorama_cut::{CutId, Initiator, Participant, ParticipantId, SnapshotId};
 use diorama_switch::{
     Epoch, FrameReader, Hold, InFlight, NetworkConfig, NetworkId, PeerId, PortId, Recording, Switch, Time,
 };
@@ -28,7 +28,7 @@ pub struct Layout {
 /// What the agent finds again when it comes back.
 #[derive(Clone, Debug, Default)]
 pub struct Durable {
-    /// No frame of this host has had a newer colour.
+    /// No frame of this host has had a newer colour. Reserved when a cut is prepared.
     pub epoch: diorama_cut::Epoch,
     /// This host's part is safe and its outcome unknown.
     pub in_doubt: Option<(CutId, ParticipantId)>,
@@ -146,6 +146,13 @@ impl Host {
     /// Whether the machines can send: the agent reads their ports, and they are not stopped.
     pub fn machines_run(&self) -> bool {
         self.up && self.cutting.is_none_or(|cut| !cut.stopped)
+    }
+
+    /// Writes down that the epoch of this attempt may be used, if it is still under way.
+    pub fn reserve_epoch(&mut self, attempt: SnapshotId) {
+        if let Some(cut) = self.participant.active().filter(|cut| cut.snapshot == attempt) {
+            self.durable.epoch = self.durable.epoch.max(cut.epoch);
+        }
     }
 
     /// Holds all ports and begins to record.

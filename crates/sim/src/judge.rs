@@ -121,7 +121,8 @@ struct Sent {
 struct Attempt {
     /// Frames that crossed forwards, by receiver.
     crossed: HashSet<(FrameId, Machine)>,
-    crossed_backwards: Option<(FrameId, Machine, Machine)>,
+    /// Frame, sender and receiver.
+    crossed_backwards: Vec<(FrameId, Machine, Machine)>,
     recorded: Vec<(FrameId, Machine)>,
     /// Noted vectors, by machine.
     clocks: BTreeMap<Machine, Box<[u32]>>,
@@ -188,7 +189,7 @@ impl Judge {
             for (number, attempt) in self.attempts.iter_mut().enumerate() {
                 let (sent_after, received_after) = (sent.after >> number & 1 != 0, passed >> number & 1 != 0);
                 if sent_after && !received_after {
-                    attempt.crossed_backwards.get_or_insert((frame, sent.by, to));
+                    attempt.crossed_backwards.push((frame, sent.by, to));
                 } else if received_after && !sent_after {
                     attempt.crossed.insert((frame, to));
                 }
@@ -212,6 +213,22 @@ impl Judge {
         }
     }
 
+    /// A machine's host takes part in an attempt, again if it has left it or died in it: a cut that the machine may have made
+    /// is none of the snapshot's.
+    pub fn takes_part(&mut self, machine: Machine, attempt: u32) {
+        let bit = 1 << attempt;
+        if self.passed[machine as usize] & bit == 0 {
+            return;
+        }
+        self.passed[machine as usize] &= !bit;
+        self.frames.iter_mut().filter(|frame| frame.by == machine).for_each(|frame| frame.after &= !bit);
+        let attempt = &mut self.attempts[attempt as usize];
+        attempt.crossed.retain(|(_, to)| *to != machine);
+        attempt.crossed_backwards.retain(|(_, from, _)| *from != machine);
+        attempt.recorded.retain(|(_, to)| *to != machine);
+        attempt.clocks.remove(&machine);
+    }
+
     /// The snapshot, should it come to exist, holds this frame for this machine.
     pub fn recorded(&mut self, attempt: u32, frame: FrameId, to: Machine) {
         self.attempts[attempt as usize].recorded.push((frame, to));
@@ -228,7 +245,7 @@ impl Judge {
         if let Some(machine) = self.passed.iter().position(|passed| passed >> attempt & 1 == 0) {
             return Err(Verdict::NotCut { attempt, machine: machine as Machine });
         }
-        let crossing = self.attempts[attempt as usize].crossed_backwards;
+        let crossing = self.attempts[attempt as usize].crossed_backwards.first().copied();
         let too_much = self.knows_too_much(attempt);
         if self.clocks.is_some() {
             assert_eq!(

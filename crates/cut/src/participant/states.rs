@@ -189,6 +189,10 @@ impl Participant {
             State::Cutting { terms, .. } | State::Capturing { terms, .. } if cut.epoch > terms.cut.epoch => {
                 self.fail(FailReason::Superseded { by: cut }, out);
             }
+            // The same, before the initiator has heard that this host is prepared. If it takes already, this is late.
+            State::Cutting { terms, .. } | State::Capturing { terms, .. } if cut == terms.cut => {
+                send(terms.initiator, cut, Body::EpochBehind { floor: cut.epoch }, out);
+            }
             _ => {}
         }
     }

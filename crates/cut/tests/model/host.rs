@@ -80,6 +80,9 @@ pub struct Host {
     pub held: bool,
     pub recording: Option<CutId>,
     pub work: Option<Work>,
+    /// Durable: the epoch in the host's record, which it writes before any port has it, already when it prepares. A process
+    /// that begins again puts its ports there.
+    pub reserved: Epoch,
     /// Durable: this part is safe and was reported, and the outcome is not known.
     pub in_doubt: Option<(CutId, ParticipantId)>,
     /// Judge: snapshots that were reported, kept, and discarded.
@@ -97,6 +100,7 @@ impl Host {
             held: false,
             recording: None,
             work: None,
+            reserved: Epoch(0),
             in_doubt: None,
             reported: 0,
             kept: 0,
@@ -110,10 +114,16 @@ impl Host {
 
     /// Whether a crash would change anything.
     pub fn has_to_lose(&self, id: usize) -> bool {
-        self.participant != Participant::new(ParticipantId(id as u32), self.epoch())
+        self.participant != Participant::new(ParticipantId(id as u32), self.reserved)
+    }
+
+    /// Writes the record: from here on ports may have this epoch.
+    pub fn reserve(&mut self, epoch: Epoch) {
+        self.reserved = self.reserved.max(epoch);
     }
 
     pub fn hold_and_record(&mut self, cut: CutId) {
+        self.reserve(cut.epoch);
         self.held = true;
         self.recording = Some(cut);
         self.work = Some(Work::Cutting(cut, 0));
@@ -136,6 +146,7 @@ impl Host {
 
     /// Every port is at `epoch`, and delivers. Without a cut: nobody passes one.
     pub fn raise(&mut self, epoch: Epoch, frames: &mut [Frame]) {
+        self.reserve(epoch);
         for port in &mut self.ports {
             assert!(port.epoch <= epoch, "an epoch went back");
             port.epoch = epoch;
@@ -186,6 +197,23 @@ impl Host {
         let heads =
             self.ports.iter().filter_map(|port| Some((port.epoch, frames[*port.queue.first()?].colour)));
         heads.filter(|(epoch, colour)| colour > epoch).map(|(_, colour)| colour).min()
+    }
+}
+
+/// Judge: a cut that was left and may be made again, at another epoch, has not been made.
+pub fn forget(host: &mut Host, frames: &mut [Frame], id: usize, attempt: Attempts) {
+    host.ports.iter_mut().for_each(|port| port.passed &= !attempt);
+    for frame in frames {
+        if frame.from.0 == id {
+            frame.sent_after &= !attempt;
+        }
+        if frame.to.0 == id {
+            frame.recorded_in &= !attempt;
+            frame.lost_in &= !attempt;
+            if let FrameAt::Delivered { after, .. } = &mut frame.at {
+                *after &= !attempt;
+            }
+        }
     }
 }
 

@@ -13,8 +13,8 @@
 use std::time::Duration;
 
 use diorama_cut::initiator::{self, Config, Initiator, Outcome};
-use diorama_cut::message::{Epoch, Message};
-use diorama_cut::participant::{self, Participant};
+use diorama_cut::message::{AbortReason::DeadlinePassed, Epoch, FailReason, Message};
+use diorama_cut::participant::{self, DiscardReason, Participant};
 use diorama_cut::report::Frames;
 use diorama_cut::{CutId, ParticipantId, SnapshotId};
 use stateright::{Model, Property};
@@ -102,14 +102,19 @@ pub enum Action {
     Cancel,
     HostTimer(usize),
     InitiatorTimer,
-    CrashHost(usize),
+    /// One that prepares may have its record written already, and has told nobody.
+    CrashHost {
+        id: usize,
+        has_reserved: bool,
+    },
     /// If a manifest is being written, it may be complete, or it never will be.
     CrashInitiator {
         manifest_complete: bool,
     },
 }
 
-const DEADLINE: Duration = Duration::from_millis(250);
+/// Enough for each fault that somebody makes up for by asking again.
+const DEADLINE: Duration = Duration::from_millis(500);
 const RETRY: Duration = Duration::from_millis(100);
 const NEVER: Duration = Duration::from_secs(3600);
 
@@ -184,8 +189,12 @@ impl Model for Bounds {
             }
         }
         if faults.crash_host > 0 {
-            let hosts = state.hosts.iter().enumerate();
-            actions.extend(hosts.filter(|(id, h)| h.has_to_lose(*id)).map(|(id, _)| Action::CrashHost(id)));
+            for (id, host) in state.hosts.iter().enumerate().filter(|(id, host)| host.has_to_lose(*id)) {
+                actions.push(Action::CrashHost { id, has_reserved: false });
+                if matches!(host.work, Some(Work::Preparing(_))) {
+                    actions.push(Action::CrashHost { id, has_reserved: true });
+                }
+            }
         }
         if state.initiator.active().is_some() {
             if faults.crash_initiator > 0 {
@@ -240,6 +249,9 @@ impl State {
             .timers()
             .any(|(timer, wait)| timer == action && !(self.is_quiet() && self.shortest_wait() == Some(wait)));
         let before = self.faults;
+        if hurried {
+            self.faults.hurries -= 1;
+        }
         match action {
             Action::Start => self.start(bounds),
             Action::Deliver(at) if bounds.forever => self.deliver(bounds, at, true),
@@ -285,13 +297,10 @@ impl State {
                 self.initiator_now = self.initiator.poll_timeout().expect("a timer").max(self.initiator_now);
                 self.feed_initiator(bounds, initiator::Input::Tick);
             }
-            Action::CrashHost(id) => self.crash_host(bounds, id),
+            Action::CrashHost { id, has_reserved } => self.crash_host(bounds, id, has_reserved),
             Action::CrashInitiator { manifest_complete } => self.crash_initiator(manifest_complete),
         }
-        if hurried {
-            self.faults.hurries -= 1;
-        }
-        if hurried || self.faults != before {
+        if self.faults != before {
             self.must_succeed = 0;
         }
     }
@@ -393,7 +402,10 @@ impl State {
         let Self { hosts, frames, .. } = self;
         match hosts[id].work.expect("work") {
             Work::Preparing(cut) => {
-                hosts[id].work = None;
+                let host = &mut hosts[id];
+                host.work = None;
+                // The attempt may have risen since.
+                host.reserve(host.participant.active().expect("a cut").epoch);
                 self.feed_host(bounds, id, participant::Input::Prepared { snapshot: cut.snapshot });
             }
             Work::Cutting(cut, _) => {
@@ -412,8 +424,11 @@ impl State {
                 self.feed_host(bounds, id, participant::Input::CaptureDone { cut, machines: Vec::new() });
             }
             Work::Finishing(cut) => {
-                hosts[id].work = None;
-                hosts[id].in_doubt = None;
+                let host = &mut hosts[id];
+                host.work = None;
+                host.in_doubt = None;
+                // What was reserved for a cut that no port has made is not used; its record says so again.
+                host.reserved = host.epoch();
                 self.feed_host(bounds, id, participant::Input::Finished { cut });
             }
         }
@@ -431,13 +446,16 @@ impl State {
         self.feed_host(bounds, id, input);
     }
 
-    /// The process ends and begins again. Ports, queues and what is durable stay; the ports are put at one epoch.
-    fn crash_host(&mut self, bounds: &Bounds, id: usize) {
+    /// The process ends and begins again. Ports, queues and what is durable stay; the ports are put at the reserved epoch.
+    fn crash_host(&mut self, bounds: &Bounds, id: usize, has_reserved: bool) {
         self.faults.crash_host -= 1;
         let Self { hosts, frames, .. } = self;
         let host = &mut hosts[id];
+        if has_reserved {
+            host.reserve(host.participant.active().expect("a cut").epoch);
+        }
         host.stop_everything();
-        let epoch = host.epoch();
+        let epoch = host.reserved;
         host.raise(epoch, frames);
         let me = ParticipantId(id as u32);
         host.participant = match host.in_doubt {
@@ -484,10 +502,15 @@ impl State {
                         initiator::Input::OutcomeLookedUp { to: from, cut, committed },
                     );
                 }
-                initiator::Output::Done { cut, outcome, .. } => match outcome {
-                    Outcome::Committed => self.told_committed |= bit(cut),
-                    Outcome::Aborted(_) => self.told_aborted |= bit(cut),
-                },
+                initiator::Output::Done { cut, outcome, unsettled } => {
+                    if !unsettled.is_empty() || matches!(outcome, Outcome::Aborted(DeadlinePassed { .. })) {
+                        self.check_waiting(bounds);
+                    }
+                    match outcome {
+                        Outcome::Committed => self.told_committed |= bit(cut),
+                        Outcome::Aborted(_) => self.told_aborted |= bit(cut),
+                    }
+                }
                 initiator::Output::Rejected { .. } => self.broken = Some("the initiator rejected a message"),
             }
         }
@@ -516,8 +539,9 @@ impl State {
             participant::Output::StartPrepare { snapshot, .. } => {
                 let cut = host.participant.active().expect("a cut");
                 assert_eq!(cut.snapshot, snapshot);
-                // After a crash it may enter an attempt that it had left before it cut: from here on it counts anew.
+                // It may have left this attempt before, or died in it, even when it had cut: what was of that cut is of none.
                 host.discarded &= !bit(cut);
+                host::forget(host, frames, id, bit(cut));
                 host.work = Some(Work::Preparing(cut));
             }
             participant::Output::StartCut { cut } => host.hold_and_record(cut),
@@ -536,7 +560,7 @@ impl State {
                 host.kept |= bit(cut);
                 host.work = Some(Work::Finishing(cut));
             }
-            participant::Output::Discard { cut, epoch, .. } => {
+            participant::Output::Discard { cut, epoch, reason } => {
                 if *manifests & bit(cut) != 0 || host.kept & bit(cut) != 0 {
                     *broken = Some("discarded with a manifest, or after it was kept");
                 }
@@ -544,11 +568,24 @@ impl State {
                 host.stop_everything();
                 host.raise(epoch, frames);
                 host.work = Some(Work::Finishing(cut));
+                if matches!(reason, DiscardReason::Failed(FailReason::DeadlinePassed { .. })) {
+                    self.check_waiting(bounds);
+                }
             }
             participant::Output::RaiseEpoch { epoch } => {
                 host.raise(epoch, frames);
             }
             participant::Output::Rejected { .. } => *broken = Some("a participant rejected a message"),
+        }
+    }
+
+    /// A deadline has passed, in the world's own time. Where nobody is away for good and at most one message was lost,
+    /// everybody answers long before: somebody waits for what nobody will do.
+    fn check_waiting(&mut self, bounds: &Bounds) {
+        let Faults { lose, crash_initiator, hurries, .. } = bounds.faults;
+        let in_time = self.faults.hurries == hurries && self.faults.crash_initiator == crash_initiator;
+        if in_time && lose - self.faults.lose <= 1 {
+            self.broken = Some("a deadline passes although everybody answers");
         }
     }
 

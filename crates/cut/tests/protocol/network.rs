@@ -81,6 +81,8 @@ struct Host {
     participant: Participant,
     life: u32,
     in_doubt: Option<(CutId, ParticipantId)>,
+    /// Written down before it is used, already when a cut is prepared: where the ports are put after a crash.
+    reserved: Epoch,
     /// The ports' epoch, and the frames that wait for a newer one.
     epoch: Epoch,
     held: Vec<(u32, Epoch)>,
@@ -129,6 +131,7 @@ impl World {
                     participant: Participant::new(ParticipantId(id), epoch),
                     life: 0,
                     in_doubt: None,
+                    reserved: epoch,
                     epoch,
                     held: Vec::new(),
                     sent: BTreeMap::new(),
@@ -299,6 +302,7 @@ impl World {
         let host_state = &mut self.hosts[host as usize];
         assert!(host_state.epoch <= epoch, "an epoch went back");
         host_state.epoch = epoch;
+        host_state.reserved = host_state.reserved.max(epoch);
         for (from, colour) in std::mem::take(&mut host_state.held) {
             self.deliver(host, from, colour);
         }
@@ -334,12 +338,13 @@ impl World {
         host.life += 1;
         host.recording = None;
         let me = ParticipantId(id);
+        let epoch = host.reserved;
         host.participant = match host.in_doubt {
-            Some((cut, initiator)) => Participant::recover(me, host.epoch, cut, initiator, now),
-            None => Participant::new(me, host.epoch),
+            Some((cut, initiator)) => Participant::recover(me, epoch, cut, initiator, now),
+            None => Participant::new(me, epoch),
         };
         // Held frames still wait in the switch, and are seen again.
-        self.raise(id, self.hosts[id as usize].epoch);
+        self.raise(id, epoch);
     }
 
     fn feed_initiator(&mut self, input: initiator::Input) {
@@ -479,8 +484,13 @@ impl World {
             participant::Input::CutDone { cut, .. } => Some(*cut),
             _ => None,
         };
-        if matches!(input, participant::Input::Finished { .. }) {
-            self.hosts[host as usize].in_doubt = None;
+        let state = &mut self.hosts[host as usize];
+        match (&input, state.participant.active()) {
+            (participant::Input::Finished { .. }, _) => state.in_doubt = None,
+            (participant::Input::Prepared { snapshot }, Some(cut)) if cut.snapshot == *snapshot => {
+                state.reserved = state.reserved.max(cut.epoch);
+            }
+            _ => {}
         }
         self.feed_participant(host, input);
         if let Some(cut) = follow {

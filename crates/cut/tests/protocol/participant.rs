@@ -332,6 +332,11 @@ fn a_cut_that_its_own_attempt_has_left_behind_is_given_up() {
     let outputs = participant.handle(prepare(INITIATOR, higher), Duration::ZERO);
     assert!(matches!(outputs[..], [Output::StartPrepare { .. }]), "{outputs:?}");
     assert_eq!(participant.active(), Some(higher));
+    // While the initiator has not heard that this host is prepared, it asks again, and must learn to rise.
+    let behind = vec![to(INITIATOR, CUT, Body::EpochBehind { floor: CUT.epoch })];
+    check("cutting", vec![prepare(INITIATOR, CUT)], "cutting", behind.clone());
+    check("capturing", vec![prepare(INITIATOR, CUT)], "capturing", behind);
+    check("capturing", vec![prepare(INITIATOR, cut(1, 5))], "capturing", vec![]);
 }
 
 #[test]

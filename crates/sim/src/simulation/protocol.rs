@@ -67,6 +67,7 @@ impl Simulation {
             }
             Done::Prepared(_) if !self.hosts[id].has_joined_all() => self.work(id, (5 * MS, 5 * MS), work),
             Done::Prepared(snapshot) => {
+                self.hosts[id].reserve_epoch(snapshot);
                 self.feed_participant(id, participant::Input::Prepared { snapshot });
             }
             Done::Stopped(cut) if under_way(&self.hosts[id], cut) => {
@@ -193,6 +194,10 @@ impl Simulation {
         match output {
             participant::Output::Send { to, message } => self.post(id, to.0 as usize, true, message),
             participant::Output::StartPrepare { snapshot, .. } => {
+                let cut = self.hosts[id].participant.active().expect("a cut");
+                for &(machine, _) in &self.hosts[id].layout.machines {
+                    self.judge.takes_part(machine, attempt_of(cut));
+                }
                 self.work(id, work.prepare_ns, Done::Prepared(snapshot));
             }
             participant::Output::StartCut { cut } => {
