@@ -43,8 +43,8 @@ pub struct Config {
     pub in_flight_deadline: Duration,
     /// The wait before an unanswered request is sent again; later ones double, up to eight of it.
     pub retry: Duration,
-    /// The time to wait for everybody's answer to the decision. Who has not answered by then asks later. A longer one than
-    /// any cut takes means to wait for a lost peer for ever.
+    /// The time to wait for everybody's answer to the decision, but for those that are lost. Who has not answered by then
+    /// asks later. A longer one than any cut takes means to wait for a silent peer for ever.
     pub settle_deadline: Duration,
 }
 
@@ -124,7 +124,8 @@ pub enum Input {
     },
     /// Abort, if nothing is decided and no manifest is being written.
     Cancel,
-    /// A peer is unreachable for good, as far as the transport can tell.
+    /// A peer is unreachable for good, as far as the transport can tell. It is needed for what is not decided, and not
+    /// waited for when it is.
     PeerLost {
         /// Which.
         peer: ParticipantId,
@@ -218,6 +219,8 @@ struct Round {
     config: Config,
     deadline: Duration,
     retry: Retry,
+    /// Who is unreachable for good, as far as the transport can tell, and has said nothing since.
+    lost: BTreeSet<ParticipantId>,
 }
 
 impl Initiator {
@@ -257,6 +260,7 @@ impl Initiator {
             deadline: now.saturating_add(config.deadline),
             retry: Retry::new(now, config.retry),
             config,
+            lost: BTreeSet::new(),
         };
         self.state =
             State::Undecided { round, step: Step::Preparing { prepared: BTreeSet::new(), raises: 0 } };
@@ -287,6 +291,9 @@ impl Initiator {
             }
             Input::Cancel => self.abort(AbortReason::Cancelled, now, &mut out),
             Input::PeerLost { peer } => {
+                if let Some(round) = self.round_mut() {
+                    round.lost.insert(peer);
+                }
                 // Who has reported is not needed any more. Who has only answered the present step is.
                 if self.needs(peer) {
                     self.abort(AbortReason::ParticipantLost { participant: peer }, now, &mut out);
@@ -353,16 +360,10 @@ impl Initiator {
         if self.active() != Some(cut) {
             return self.about_another_cut(from, cut, &body, out);
         }
-        let stranger = match &self.state {
-            State::Idle => true,
-            State::Undecided { round, .. } | State::Writing { round } | State::Deciding { round, .. } => {
-                !round.participants.contains(&from)
-            }
+        match self.round_mut() {
+            Some(round) if round.participants.contains(&from) => round.lost.remove(&from),
+            _ => return out.push(Output::Rejected { from, violation: Violation::Stranger }),
         };
-        if stranger {
-            out.push(Output::Rejected { from, violation: Violation::Stranger });
-            return;
-        }
         match &mut self.state {
             State::Idle | State::Writing { .. } => {}
             State::Undecided { .. } => self.answer(from, body, now, out),
@@ -520,7 +521,8 @@ impl Initiator {
 
     fn finish_if_settled(&mut self, now: Duration, out: &mut Vec<Output>) {
         let State::Deciding { round, outcome, unsettled, settle_by } = &mut self.state else { return };
-        if !unsettled.is_empty() && now < *settle_by {
+        // Who is gone asks when it comes back.
+        if !unsettled.is_subset(&round.lost) && now < *settle_by {
             return;
         }
         let (cut, outcome, unsettled) = (round.cut, outcome.clone(), mem::take(unsettled));
@@ -578,6 +580,16 @@ impl Initiator {
                 State::Idle | State::Writing { .. } => return,
             };
             out.push(Output::Send { to, message });
+        }
+    }
+
+    /// The attempt in progress.
+    fn round_mut(&mut self) -> Option<&mut Round> {
+        match &mut self.state {
+            State::Idle => None,
+            State::Undecided { round, .. } | State::Writing { round } | State::Deciding { round, .. } => {
+                Some(round)
+            }
         }
     }
 

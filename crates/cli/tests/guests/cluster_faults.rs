@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Child;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -242,7 +242,10 @@ impl World {
             .collect();
         assert_eq!(states, ["running", "lost", "running"], "{status}");
         assert_eq!(self.lab(TWO).machine_processes(), 1);
+        let lost_at = Instant::now();
         let ended = ran(child.wait_with_output().unwrap());
+        // A host that is lost is waited for no longer. (One that is cut off itself cannot tell.)
+        assert!(initiator == TWO || lost_at.elapsed() < SETTLED, "{:?}: {ended:?}", lost_at.elapsed());
         self.cluster.underlay.cut_off(None);
         self.cluster.until_all_ready();
         self.judge(&name, &ended);
@@ -402,7 +405,10 @@ fn everything_may_fail_everywhere() {
 }
 
 /// Longer than any host's lease, which is 10 s.
-const LEASE: std::time::Duration = std::time::Duration::from_secs(12);
+const LEASE: Duration = Duration::from_secs(12);
+
+/// What the undoing of a cut takes at most on hosts that are there; who waits for one that is not waits 10 s.
+const SETTLED: Duration = Duration::from_secs(6);
 
 /// Whether a step is to be tried: all are, unless `FAULTS_STEP` says which (by a part of its name).
 fn is_wanted(step: &str) -> bool {

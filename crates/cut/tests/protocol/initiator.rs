@@ -164,6 +164,41 @@ fn who_has_answered_a_step_is_needed_until_it_has_reported() {
     }
 }
 
+/// Nobody waits for the answer of a host that is gone, whenever it went; it asks when it comes back.
+#[test]
+fn who_is_lost_is_not_waited_for_once_it_is_decided() {
+    let lost = |peer| Input::PeerLost { peer };
+    let done = |body| says(B, body);
+    // It was needed: its loss ends the attempt, and the other's answer alone is waited for.
+    for state in ["preparing", "taking", "collecting"] {
+        check(state, vec![lost(A), done(Body::AbortDone)], "idle", &[(0, "aborted")]);
+    }
+    // It had reported, or was lost while the manifest was written, or since.
+    let report = || Body::Report(Report::default());
+    let written = Input::ManifestWritten { cut: CUT };
+    let reported = vec![says(A, report()), lost(A), says(B, report()), written.clone()];
+    check("collecting", [reported, vec![done(Body::CommitDone)]].concat(), "idle", &[(0, "committed")]);
+    check("writing", vec![lost(A), written.clone(), done(Body::CommitDone)], "idle", &[(0, "committed")]);
+    check("committing", vec![done(Body::CommitDone), lost(A)], "idle", &[(0, "committed")]);
+    check("committing", vec![done(Body::CommitDone), lost(STRANGER)], "committing", &[]);
+    // All others are.
+    check("committing", vec![lost(A)], "committing", &[]);
+    check(
+        "writing",
+        vec![lost(A), lost(B), written.clone()],
+        "idle",
+        &[(1, "Commit"), (2, "Commit"), (0, "committed")],
+    );
+    // Who speaks is not lost.
+    check("writing", vec![lost(A), says(A, report()), written, done(Body::CommitDone)], "committing", &[]);
+    let mut initiator = at("committing");
+    initiator.handle(done(Body::CommitDone), Duration::ZERO);
+    let outputs = initiator.handle(lost(A), Duration::ZERO);
+    let done = Output::Done { cut: CUT, outcome: Outcome::Committed, unsettled: BTreeSet::from([A]) };
+    assert_eq!(outputs, [done]);
+    assert_eq!(brief(&initiator.handle(says(A, Body::Query), Duration::ZERO)), [(1, "Commit")]);
+}
+
 #[test]
 fn another_version_ends_only_the_cut_that_it_is_about() {
     let speaks_2 =
