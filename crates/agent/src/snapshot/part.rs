@@ -114,6 +114,7 @@ impl PartWorker {
                 origin: Instant::now(),
                 initiator: me,
                 proposed: epoch,
+                reserved: epoch,
             };
             while part.serve_one() {}
         })?;
@@ -193,6 +194,8 @@ struct Part<'a> {
     initiator: ParticipantId,
     /// The epoch that was asked for.
     proposed: Epoch,
+    /// The highest epoch that this thread has had written down before it is used.
+    reserved: Epoch,
 }
 
 impl Part<'_> {
@@ -249,6 +252,7 @@ impl Part<'_> {
                 .and_then(|()| attempt.reserve_epoch(self.proposed))
                 .and_then(|()| self.check_sessions());
             if prepared.is_ok() {
+                self.reserved = self.reserved.max(self.proposed);
                 poised = Some(Poised::begin(&self.agent.plane, Policy::Normal { nice: CUT_NICE }));
             }
             self.feed(match prepared {
@@ -266,6 +270,10 @@ impl Part<'_> {
                 }
                 return;
             };
+            // A colour that was adopted meanwhile stays in what the attempt writes down.
+            if let Some(attempt) = &mut attempt {
+                attempt.record.epoch = attempt.record.epoch.max(self.participant.epoch().0);
+            }
             match (output, &mut attempt) {
                 (None, Some(attempt)) => {
                     if let Some(cut) = counting {
@@ -402,7 +410,9 @@ impl Part<'_> {
             && record.epoch < epoch.0
         {
             record.epoch = epoch.0;
-            if let Err(error) = record.save(&self.slot.folder(&self.agent.folders)) {
+            // What is reserved for the cut under way stays so: its ports may have it before anything else is written.
+            let written = Record { epoch: epoch.0.max(self.reserved.0), ..record.clone() };
+            if let Err(error) = written.save(&self.slot.folder(&self.agent.folders)) {
                 tracing::error!(error = error.message, "an epoch is not recorded");
             }
         }
