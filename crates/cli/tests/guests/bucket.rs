@@ -1,14 +1,27 @@
-//! Snapshots in a bucket: what one computer has snapshotted, another restores that shares nothing else with it.
+//! Snapshots in a bucket: what one computer has snapshotted, another restores that shares nothing else with it, in a cluster
+//! and without.
 
+use crate::hosts::{Hosts, hosts_of, machine_states, until_lost};
 use crate::lab::Lab;
 use crate::s3_server::{BUCKET, Server};
-use crate::traffic::PAIR;
+use crate::traffic::{self, PAIR};
+
+/// They may be on any host.
+const WIDE: &str = "\
+name: wide
+machines:
+  server: {image: micro, memory: 96MiB, cpus: 2, nics: [{network: lan, address: 10.0.0.1/24}]}
+  client: {image: micro, memory: 96MiB, cpus: 2, nics: [{network: lan, address: 10.0.0.2/24}]}
+  third: {image: micro, memory: 96MiB, cpus: 2, nics: [{network: lan, address: 10.0.0.3/24}], disks: [{name: data, size: 16MiB}]}
+networks:
+  lan: {}
+";
 
 const VARIABLES: [&str; 4] = ["AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"];
 
 fn lab(server: &Server) -> Lab {
     let mut lab = Lab::new();
-    lab.set("DIORAMA_STORE", &format!("s3://{BUCKET}/lab"));
+    lab.set("DIORAMA_STORE", &format!("s3://{BUCKET}/{}/lab", std::process::id()));
     for name in VARIABLES {
         lab.set(name, &server.variable(name).unwrap());
     }
@@ -104,4 +117,47 @@ fn another_computer_restores_from_the_bucket_alone() {
     one.ok(&["down", "--all", "--volumes"]);
     one.ok(&["agent", "stop"]);
     two.finish();
+}
+
+/// No host keeps the data of a snapshot for itself: what one has captured, others restore when it is gone.
+#[test]
+fn a_cluster_restores_a_lost_host_from_the_bucket_alone() {
+    let server = Server::shared();
+    let hosts = Hosts::of((0..3).map(|_| lab(&server)).collect());
+    hosts.labs[0].up(WIDE);
+    hosts.labs[1].shell("wide", "third", "echo kept | dd of=/dev/vda conv=fsync 2>&1");
+    let places = machine_states(&hosts.labs[2]);
+    assert!(hosts_of(&places) > 1, "{places:?}");
+    let before = traffic::start(&hosts.labs[0], "wide");
+    for lab in &hosts.labs {
+        let snapshot = lab.snapshot("wide", &[]);
+        assert_eq!(snapshot["cut"]["hosts"], hosts_of(&places), "{snapshot}");
+        traffic::goes_on_whole(lab, "wide", &before);
+    }
+    hosts.labs[1].snapshot("wide", &["whole"]);
+    hosts.labs[2].verify("whole");
+
+    // The host of the machine with the disk is gone, and all that it had.
+    let third = &places[2].0;
+    let lost = hosts.labs.iter().zip(["h1", "h2", "h3"]).position(|(_, name)| name == third).unwrap();
+    let (one, two) = (&hosts.labs[(lost + 1) % 3], &hosts.labs[(lost + 2) % 3]);
+    hosts.labs[lost].kill_everything();
+    until_lost(one);
+    one.ok(&["restore", "-e", "wide", "whole"]);
+    let places = machine_states(two);
+    assert!(places.iter().all(|(host, state)| host != third && state == "running"), "{places:?}");
+    traffic::goes_on_from_here(two, "wide", &before);
+    assert_eq!(one.shell("wide", "third", "head -c 4 /dev/vda"), "kept");
+
+    // It goes on from there, and so does the host that was lost.
+    let next = two.snapshot("wide", &["next"]);
+    assert_eq!(next["cut"]["hosts"], hosts_of(&places), "{next}");
+    let back = &hosts.labs[lost];
+    back.verify("next");
+    back.ok(&["restore", "-e", "wide", "next"]);
+    traffic::goes_on_from_here(back, "wide", &before);
+    let checked = back.ok(&["store", "check", "--read-data"]);
+    assert_eq!(checked["ok"], true, "{checked}");
+    back.ok(&["down", "-e", "wide", "--volumes"]);
+    hosts.finish();
 }

@@ -165,20 +165,30 @@ fn free_address() -> SocketAddr {
 }
 
 /// A cluster of labs that share a store; the first has made it.
-struct Hosts {
-    labs: Vec<Lab>,
+pub struct Hosts {
+    pub labs: Vec<Lab>,
     _etcd: Etcd,
-    _store: tempfile::TempDir,
+    /// Unless it is elsewhere.
+    _store: Option<tempfile::TempDir>,
 }
 
 impl Hosts {
+    /// The store is a folder.
     fn new(count: usize) -> Self {
-        let etcd = Etcd::start();
         let store = tempfile::TempDir::with_prefix("diorama-store-").unwrap();
-        let mut labs: Vec<Lab> = (0..count).map(|_| Lab::new()).collect();
-        let mut token = String::new();
-        for (number, lab) in (1..).zip(&mut labs) {
+        let labs = (0..count).map(|_| {
+            let mut lab = Lab::new();
             lab.set("DIORAMA_STORE", store.path().to_str().unwrap());
+            lab
+        });
+        Self { _store: Some(store), ..Self::of(labs.collect()) }
+    }
+
+    /// Of labs that know where their store is.
+    pub fn of(labs: Vec<Lab>) -> Self {
+        let (etcd, count) = (Etcd::start(), labs.len());
+        let mut token = String::new();
+        for (number, lab) in (1..).zip(&labs) {
             let (name, address) = (format!("h{number}"), free_address().to_string());
             let host = ["--name", name.as_str(), "--address", address.as_str()];
             if number == 1 {
@@ -197,10 +207,10 @@ impl Hosts {
                 (ready.count() == count).then_some(())
             });
         }
-        Self { labs, _etcd: etcd, _store: store }
+        Self { labs, _etcd: etcd, _store: None }
     }
 
-    fn finish(self) {
+    pub fn finish(self) {
         for lab in self.labs {
             // A host that was away finds out by itself that its part is wanted no more.
             lab.ok(&["status"]);
@@ -212,7 +222,8 @@ impl Hosts {
     }
 }
 
-fn machine_states(lab: &Lab) -> Vec<(String, String)> {
+/// Each machine's host and state.
+pub fn machine_states(lab: &Lab) -> Vec<(String, String)> {
     let status = lab.ok(&["status", "-e", "wide"]);
     let machines = status["environments"][0]["machines"].as_array().unwrap();
     let text = |value: &Value| value.as_str().unwrap().to_owned();
@@ -501,14 +512,15 @@ fn who_may_not_join_is_told_why() {
     hosts.finish();
 }
 
-fn hosts_of(states: &[(String, String)]) -> u64 {
+/// On how many hosts they are.
+pub fn hosts_of(states: &[(String, String)]) -> u64 {
     let mut hosts: Vec<&str> = states.iter().map(|(host, _)| host.as_str()).collect();
     hosts.sort_unstable();
     hosts.dedup();
     hosts.len() as u64
 }
 
-fn until_lost(lab: &Lab) {
+pub fn until_lost(lab: &Lab) {
     until("the host to be lost", || {
         let list = lab.ok(&["host", "list"]);
         let hosts = list["hosts"].as_array().unwrap();
