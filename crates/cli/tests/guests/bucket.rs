@@ -142,7 +142,7 @@ fn a_cluster_restores_a_lost_host_from_the_bucket_alone() {
     let lost = hosts.labs.iter().zip(["h1", "h2", "h3"]).position(|(_, name)| name == third).unwrap();
     let (one, two) = (&hosts.labs[(lost + 1) % 3], &hosts.labs[(lost + 2) % 3]);
     hosts.labs[lost].kill_everything();
-    until_lost(one);
+    until_lost(one, third);
     one.ok(&["restore", "-e", "wide", "whole"]);
     let places = machine_states(two);
     assert!(places.iter().all(|(host, state)| host != third && state == "running"), "{places:?}");

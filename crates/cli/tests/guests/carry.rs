@@ -2,10 +2,7 @@
 
 use std::process::Stdio;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-
-use crate::lab::{Lab, entries, ran, refusal, until};
+use crate::lab::{Lab, entries, interrupt, ran, refusal, until};
 use crate::traffic::{self, PAIR};
 
 /// Whether a command of this lab's has its standard input or output in the agent's hands.
@@ -80,7 +77,7 @@ fn a_snapshot_goes_on_elsewhere() {
     // A reader that never reads, and Ctrl-C.
     let export = here.begin_without_json(&["export", "base", "-o", "-"]);
     until("a socket for it", || pipes(&here).then_some(()));
-    kill(Pid::from_raw(export.id().cast_signed()), Signal::SIGINT).unwrap();
+    interrupt(&export);
     assert_eq!(ran(export.wait_with_output().unwrap()).status, Some(130));
     assert!(!pipes(&here));
 

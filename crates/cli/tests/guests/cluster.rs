@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use crate::etcd;
+use crate::hosts::form;
 use crate::lab::{LIMIT, Lab, kill_and_wait, until, wait_for_end};
 use crate::underlay::{self, Underlay};
 
@@ -21,10 +23,12 @@ const ETCD: &str = "http://10.99.0.9:2379";
 /// What the shell does: it is told of namespaces and folders, and removes them when the pipe ends. (By the pipe and not by its
 /// arguments: a process that has a lab's folder among those is taken for one of the lab's.)
 const CLEAN_UP: &str = r#"
+faketime() { ls -d /dev/shm/faketime_shm_* /dev/shm/sem.faketime_sem_* 2>/dev/null; }
 while read -r kind name; do
     case $kind in
         namespace) namespaces="$namespaces $name" ;;
         folder) folders="$folders $name" ;;
+        faketime) fakes=yes; before=$(faketime) ;;
     esac
 done
 for namespace in $namespaces; do
@@ -36,6 +40,9 @@ for namespace in $namespaces; do
     ip netns del "$namespace" 2>/dev/null
 done
 rm -rf -- $folders
+[ -z "$fakes" ] || for file in $(faketime); do
+    printf '%s\n' "$before" | grep -qxF "$file" || rm -f -- "$file"
+done
 "#;
 
 /// See the module.
@@ -48,7 +55,7 @@ pub struct Cluster {
     /// Agents that are to kill themselves, by their hosts' places.
     doomed: BTreeMap<usize, Pid>,
     // The last to go.
-    _clean_up: CleanUp,
+    clean_up: CleanUp,
 }
 
 struct CleanUp {
@@ -69,7 +76,7 @@ impl Cluster {
     pub fn new(count: usize) -> Self {
         assert!(
             nix::unistd::geteuid().is_root(),
-            "hosts as network namespaces need root: run this test as root, or leave it out (`-E 'not test(cluster_faults)'`)"
+            "hosts as network namespaces need root: run this test as root"
         );
         let name = |what: &str| format!("diot{}{what}", std::process::id());
         let hosts: Vec<String> = (1..=count).map(|number| name(&format!("h{number}"))).collect();
@@ -122,53 +129,25 @@ impl Cluster {
             etcd_namespace,
             folder: path,
             doomed: BTreeMap::new(),
-            _clean_up: clean_up,
+            clean_up,
         };
         cluster.start_etcd();
-        let mut token = String::new();
-        for (number, lab) in (1..).zip(&cluster.labs) {
-            let (name, address) = (format!("h{number}"), format!("10.99.0.{number}:{PORT}"));
-            let host = ["--name", name.as_str(), "--address", address.as_str()];
-            if number == 1 {
-                lab.ok(&[&["host", "init", "--etcd", ETCD], &host[..]].concat());
-                let uses = count.to_string();
-                token = lab.ok(&["host", "token", "--uses", &uses])["token"].as_str().unwrap().to_owned();
-            } else {
-                lab.ok(&[&["host", "join", &token], &host[..]].concat());
-            }
-        }
-        cluster.until_all_ready();
+        let addresses: Vec<String> = (1..=count).map(|number| format!("10.99.0.{number}:{PORT}")).collect();
+        form(&cluster.labs, &addresses, ETCD);
         cluster
     }
 
     /// Starts etcd, with the data that it had.
     pub fn start_etcd(&mut self) {
         assert!(self.etcd.is_none());
-        let etcd = Command::new("nsenter")
-            .arg(format!("--net=/run/netns/{}", self.etcd_namespace))
-            .args(["setpriv", "--pdeathsig", "KILL", "etcd", "--name", "test"])
-            .args(["--logger", "zap", "--log-level", "error"])
-            .arg("--data-dir")
-            .arg(self.folder.join("etcd"))
-            .args(["--listen-client-urls", ETCD, "--advertise-client-urls", ETCD])
-            .args(["--listen-peer-urls", "http://127.0.0.1:2380"])
-            .args(["--initial-advertise-peer-urls", "http://127.0.0.1:2380"])
-            .args(["--initial-cluster", "test=http://127.0.0.1:2380"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("nsenter, setpriv and etcd run (Debian: util-linux, etcd-server)");
-        self.etcd = Some(etcd);
-        let inside = format!("--net=/run/netns/{}", self.etcd_namespace);
-        until("etcd to listen", || {
-            let listens = Command::new("nsenter")
-                .args([&inside, "bash", "-c", ": </dev/tcp/10.99.0.9/2379"])
-                .stderr(Stdio::null())
-                .status()
-                .unwrap();
-            listens.success().then_some(())
-        });
+        let listens = etcd::Listens { client: ETCD, peer: "http://127.0.0.1:2380" };
+        let data = self.folder.join("etcd");
+        self.etcd = Some(etcd::start(Some(&self.etcd_namespace), &data, &listens, &[]));
+    }
+
+    /// What libfaketime leaves in shared memory for each process that is killed from now on is removed at the end.
+    pub fn clean_up_after_faketime(&mut self) {
+        writeln!(self.clean_up.pipe.as_mut().unwrap(), "faketime all").unwrap();
     }
 
     /// Kills etcd. Its data stay.
@@ -176,18 +155,6 @@ impl Cluster {
         let mut etcd = self.etcd.take().unwrap();
         let _ = etcd.kill();
         let _ = etcd.wait();
-    }
-
-    /// Every host shows every host as ready.
-    #[track_caller]
-    pub fn until_all_ready(&self) {
-        for lab in &self.labs {
-            until("every host to be there", || {
-                let hosts = lab.ok(&["host", "list"]);
-                let ready = hosts["hosts"].as_array().unwrap().iter().filter(|host| host["state"] == "ready");
-                (ready.count() == self.labs.len()).then_some(())
-            });
-        }
     }
 
     /// The agent of a host is to do something (`kill` or `wait`) when it next reaches a step of a snapshot.
@@ -222,11 +189,6 @@ impl Cluster {
             None => kill_and_wait(self.labs[place].agent_pid()),
         }
         self.labs[place].ok(&["status"]);
-    }
-
-    /// The folder that all hosts keep snapshots in.
-    pub fn store(&self) -> PathBuf {
-        self.folder.join("store")
     }
 
     /// Stops everything as a user would, and proves that nothing is left.

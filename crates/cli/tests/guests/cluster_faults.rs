@@ -4,15 +4,16 @@
 //! After each fault the same must be so ([`World::is_sound`]): every machine runs, the traffic goes on, no host has or shows
 //! part of a snapshot, the store is whole, and the next snapshot succeeds with every frame accounted for.
 
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::cluster::{Cluster, eventually};
-use crate::lab::{Lab, Ran, entries, ran, refusal, until};
+use crate::hosts::{until_lost, until_ready};
+use crate::lab::{Lab, Ran, interrupt, is_root, ran, refusal, until};
+use crate::traffic::{self, Arrived, Rate, STATUS};
 use crate::underlay::Weather;
 
 /// The traffic is between `server` and `client`, so that the host in the middle can be cut off without it.
@@ -51,15 +52,11 @@ const INITIATOR_STEPS: [&str; 7] = [
     "initiator committing",
     "initiator aborting",
 ];
+const MAKE_HOSTS: &str = "make network namespaces";
 const LIBFAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
 
-/// What has come of the traffic.
-#[derive(Debug, Clone)]
-struct Arrived {
-    connection: Value,
-    bytes: u64,
-    received: u64,
-}
+/// What gets through when a fifth of all packets is lost.
+const RATE: Rate = Rate { bytes: "200KiB", datagrams: 100 };
 
 struct World {
     cluster: Cluster,
@@ -76,20 +73,7 @@ impl World {
         let one = &cluster.labs[ONE];
         let file = one.write("wide.yaml", ENVIRONMENT);
         one.ok(&["up", file.to_str().unwrap()]);
-        one.shell(
-            "wide",
-            "server",
-            "traffic tcp-serve --port 7000 --status /tmp/tcp </dev/null >/dev/null 2>&1 & \
-             traffic udp-recv --port 7001 --status /tmp/udp </dev/null >/dev/null 2>&1 & \
-             until grep -q waiting /tmp/tcp 2>/dev/null; do sleep 0.1; done",
-        );
-        one.shell(
-            "wide",
-            "client",
-            "ping -c 1 -W 10 10.0.0.1 >/dev/null; \
-             traffic tcp-send --to 10.0.0.1:7000 --rate 200KiB </dev/null >/dev/null 2>&1 & \
-             traffic udp-send --to 10.0.0.1:7001 --rate 100 </dev/null >/dev/null 2>&1 &",
-        );
+        traffic::begin(one, "wide", RATE);
         let arrived = until("traffic", || arrived(one));
         let mut world = Self { cluster, arrived, taken: 0, began };
         world.is_sound("nothing", ONE);
@@ -111,25 +95,13 @@ impl World {
     /// What came of that snapshot: all of it, or nothing, and its command did not claim more than is so.
     #[track_caller]
     fn judge(&self, name: &str, ended: &Ran) {
-        let exists = self.snapshots().iter().any(|known| known == name);
+        let lab = self.lab(THREE);
+        let exists = lab.snapshots().iter().any(|known| known == name);
         assert!(exists || ended.status != Some(0), "{name} is not there: {ended:?}");
         if exists {
-            let verified = self.lab(THREE).ok(&["snapshot", "verify", "-e", "wide", name]);
-            assert_eq!(
-                (&verified["ok"], &verified["frames"]["unaccounted"]),
-                (&true.into(), &0.into()),
-                "{verified}"
-            );
-            self.lab(THREE).ok(&["snapshot", "rm", "-e", "wide", name]);
+            lab.verify(name);
+            lab.ok(&["snapshot", "rm", "-e", "wide", name]);
         }
-    }
-
-    #[track_caller]
-    fn snapshots(&self) -> Vec<String> {
-        let list = self.lab(THREE).ok(&["snapshot", "list"]);
-        assert_eq!(list["damaged"].as_array().map(Vec::len), Some(0), "{list}");
-        let all = list["snapshots"].as_array().unwrap();
-        all.iter().map(|snapshot| snapshot["name"].as_str().unwrap().to_owned()).collect()
     }
 
     /// See the module. The next snapshot is asked of the host at `place`.
@@ -137,15 +109,12 @@ impl World {
     fn is_sound(&mut self, after: &str, place: usize) -> Value {
         let lab = self.lab(place);
         eventually("every machine to run", || {
-            let status = lab.status("wide");
-            let machines = status["machines"].as_array().unwrap();
-            let run = machines.iter().all(|machine| machine["state"] == "running");
-            if run { Ok(()) } else { Err(status.to_string()) }
+            let states = lab.states("wide");
+            let run = states.iter().all(|state| state == "running");
+            if run { Ok(()) } else { Err(format!("{states:?}")) }
         });
         let before = self.arrived.clone();
-        self.arrived = until("more traffic", || {
-            arrived(self.lab(ONE)).filter(|now| now.bytes > before.bytes && now.received > before.received)
-        });
+        self.arrived = until("more traffic", || arrived(self.lab(ONE)).filter(|now| now.is_beyond(&before)));
         assert_eq!(self.arrived.connection, before.connection, "after {after}: another session");
 
         self.taken += 1;
@@ -169,18 +138,12 @@ impl World {
         });
         assert_eq!(report["frames"]["unaccounted"], 0, "after {after}: {report}");
         assert_eq!((&report["cut"]["hosts"], report["machines"].as_array().unwrap().len()), (&3.into(), 3));
-        let verified = self.lab(THREE).ok(&["snapshot", "verify", "-e", "wide", &name]);
-        assert_eq!(verified["ok"], true, "after {after}: {verified}");
+        self.lab(THREE).verify(&name);
         self.lab(TWO).ok(&["snapshot", "rm", "-e", "wide", &name]);
         for lab in &self.cluster.labs {
             until("no cut in doubt", || (!in_doubt(lab)).then_some(()));
-            let left: Vec<String> = entries(&lab.runtime().join("ram"))
-                .into_iter()
-                .filter(|name| name.starts_with("new-"))
-                .collect();
-            assert_eq!(left, [""; 0], "after {after}: {}", lab.agent_log());
+            lab.assert_nothing_partial();
         }
-        assert_eq!(entries(&self.cluster.store().join("incoming")), [""; 0], "after {after}");
         let checked = self.lab(ONE).ok(&["store", "check"]);
         assert_eq!(checked["ok"], true, "after {after}: {checked}");
         println!("{:4} s: sound after {after}", self.began.elapsed().as_secs());
@@ -227,27 +190,16 @@ impl World {
         self.cluster.until_reached(TWO);
         self.cluster.underlay.cut_off(Some(TWO));
         self.cluster.go_on(TWO);
-        until("the host to be lost", || {
-            let list = self.lab(ONE).ok(&["host", "list"]);
-            let hosts = list["hosts"].as_array().unwrap();
-            hosts.iter().any(|host| host["name"] == "h2" && host["state"] == "lost").then_some(())
-        });
+        until_lost(self.lab(ONE), "h2");
         // Its machine runs, and the others are as before.
-        let status = self.lab(ONE).status("wide");
-        let states: Vec<&str> = status["machines"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|machine| machine["state"].as_str().unwrap())
-            .collect();
-        assert_eq!(states, ["running", "lost", "running"], "{status}");
+        assert_eq!(self.lab(ONE).states("wide"), ["running", "lost", "running"]);
         assert_eq!(self.lab(TWO).machine_processes(), 1);
         let lost_at = Instant::now();
         let ended = ran(child.wait_with_output().unwrap());
         // A host that is lost is waited for no longer. (One that is cut off itself cannot tell.)
         assert!(initiator == TWO || lost_at.elapsed() < SETTLED, "{:?}: {ended:?}", lost_at.elapsed());
         self.cluster.underlay.cut_off(None);
-        self.cluster.until_all_ready();
+        until_ready(&self.cluster.labs);
         self.judge(&name, &ended);
         self.is_sound(&format!("{step}, h2 cut off, of h{}", initiator + 1), THREE);
     }
@@ -261,6 +213,9 @@ impl World {
 /// Agents die in each state, on the initiator's host and on another.
 #[test]
 fn an_agent_may_die_at_each_step() {
+    if !is_root(MAKE_HOSTS) {
+        return;
+    }
     let mut world = World::new();
     for step in PARTICIPANT_STEPS {
         world.kill_at(step, TWO, ONE);
@@ -273,9 +228,11 @@ fn an_agent_may_die_at_each_step() {
 
 #[test]
 fn the_network_etcd_and_clocks_may_fail() {
-    // Before the world, so that it goes after it.
-    let _left = FaketimeFiles::new();
+    if !is_root(MAKE_HOSTS) {
+        return;
+    }
     let mut world = World::new();
+    world.cluster.clean_up_after_faketime();
 
     // A host is cut off: while it prepares, has been told to take, and is about to report.
     for step in ["participant preparing", "participant cutting", "participant in doubt"] {
@@ -322,7 +279,7 @@ fn the_network_etcd_and_clocks_may_fail() {
     let refused = world.lab(THREE).refused(&["snapshot", "create", "-e", "wide", "without-etcd"]);
     assert_eq!(refused.kind, "agent", "{refused:?}");
     world.cluster.start_etcd();
-    world.cluster.until_all_ready();
+    until_ready(&world.cluster.labs);
     world.judge(&name, &ended);
     world.is_sound("etcd away for longer than a lease", THREE);
 
@@ -351,33 +308,6 @@ fn the_network_etcd_and_clocks_may_fail() {
     world.cluster.restart_agent(THREE);
     world.is_sound("h3's clock set right", THREE);
     world.finish();
-}
-
-/// What libfaketime leaves in shared memory for each process that was killed: removed with this.
-struct FaketimeFiles(BTreeSet<PathBuf>);
-
-impl FaketimeFiles {
-    fn new() -> Self {
-        Self(Self::there())
-    }
-
-    fn there() -> BTreeSet<PathBuf> {
-        let named = |path: &PathBuf| {
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            name.starts_with("faketime_shm_") || name.starts_with("sem.faketime_sem_")
-        };
-        let entries = std::fs::read_dir("/dev/shm").unwrap();
-        entries.flatten().map(|entry| entry.path()).filter(named).collect()
-    }
-}
-
-impl Drop for FaketimeFiles {
-    fn drop(&mut self) {
-        for path in Self::there().difference(&self.0) {
-            // Another process of the agent may have removed its own just now.
-            let _ = std::fs::remove_file(path);
-        }
-    }
 }
 
 /// Each step on each host, of snapshots that each host takes; and each host in the middle cut off at each step.
@@ -418,17 +348,8 @@ fn is_wanted(step: &str) -> bool {
 /// What has arrived at the server by now. It must all be right, but for what is lost or late.
 #[track_caller]
 fn arrived(lab: &Lab) -> Option<Arrived> {
-    let text = lab.try_shell("wide", "server", "cat /tmp/tcp /tmp/udp 2>/dev/null; true").stdout;
-    let mut lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    let (tcp, udp) = (lines.next()?, lines.next()?);
-    if tcp["state"] == "waiting" || udp["received"].is_null() {
-        return None;
-    }
-    assert_eq!(tcp["state"], "open", "{tcp}");
-    assert_eq!((&tcp["bad_bytes"], &tcp["connections"]), (&0.into(), &1.into()), "{tcp}");
-    assert_eq!((&udp["duplicated"], &udp["strangers"]), (&0.into(), &0.into()), "{udp}");
-    let (bytes, received) = (tcp["bytes"].as_u64()?, udp["received"].as_u64()?);
-    (bytes > 0 && received > 0).then(|| Arrived { connection: tcp["connection"].clone(), bytes, received })
+    let printed = lab.try_shell("wide", "server", STATUS).stdout;
+    traffic::read(&printed).map(|(arrived, _)| arrived).filter(Arrived::has_both)
 }
 
 /// Whether the host waits to be told what became of a cut.
@@ -436,9 +357,4 @@ fn in_doubt(lab: &Lab) -> bool {
     let record = std::fs::read(lab.home().join("environments/wide/environment.json")).unwrap();
     let record: Value = serde_json::from_slice(&record).unwrap();
     !record["doubt"].is_null()
-}
-
-fn interrupt(child: &Child) {
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
 }

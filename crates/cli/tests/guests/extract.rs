@@ -9,10 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-
-use crate::lab::{Lab, entries, ran, until};
+use crate::lab::{Lab, entries, interrupt, ran, until};
 
 const MIB: u64 = 1 << 20;
 
@@ -278,7 +275,7 @@ fn memory_is_where_the_guest_has_it() {
         while tree(&stopped).is_empty() && begun.elapsed() < Duration::from_secs(20) {
             std::thread::sleep(Duration::from_millis(1));
         }
-        kill(Pid::from_raw(command.id().cast_signed()), Signal::SIGINT).unwrap();
+        interrupt(&command);
         let left = ran(command.wait_with_output().unwrap());
         if left.status == Some(0) {
             std::fs::remove_dir_all(&stopped).unwrap();

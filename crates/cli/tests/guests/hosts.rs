@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant, SystemTime};
 
 use diorama_cluster::identity::{Authority, CERTIFICATE_LIFETIME, Credentials};
@@ -13,6 +13,7 @@ use rcgen::{
 };
 use serde_json::Value;
 
+use crate::etcd;
 use crate::lab::{LIMIT, Lab, Refusal, entries, refusal, until};
 
 const ENVIRONMENT: &str = "\
@@ -70,34 +71,8 @@ impl Etcd {
     fn start_with(folder: tempfile::TempDir, scheme: &str, guards: &[&str]) -> Self {
         let (address, peer) = (free_address(), free_address());
         let (client, peer) = (format!("{scheme}://{address}"), format!("http://{peer}"));
-        let process = Command::new("setpriv")
-            .args([
-                "--pdeathsig",
-                "KILL",
-                "etcd",
-                "--name",
-                "test",
-                "--logger",
-                "zap",
-                "--log-level",
-                "error",
-            ])
-            .arg("--data-dir")
-            .arg(folder.path().join("data"))
-            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("test={peer}")])
-            .args(guards)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("setpriv and etcd run (Debian: util-linux, etcd-server)");
-        let deadline = Instant::now() + LIMIT;
-        while TcpStream::connect(address).is_err() {
-            assert!(Instant::now() < deadline, "etcd does not listen");
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        let listens = etcd::Listens { client: &client, peer: &peer };
+        let process = etcd::start(None, &folder.path().join("data"), &listens, guards);
         Self { process, address, folder: Some(folder) }
     }
 
@@ -176,37 +151,20 @@ impl Hosts {
     /// The store is a folder.
     fn new(count: usize) -> Self {
         let store = tempfile::TempDir::with_prefix("diorama-store-").unwrap();
-        let labs = (0..count).map(|_| {
+        let labs = || {
             let mut lab = Lab::new();
             lab.set("DIORAMA_STORE", store.path().to_str().unwrap());
             lab
-        });
-        Self { _store: Some(store), ..Self::of(labs.collect()) }
+        };
+        let labs = std::iter::repeat_with(labs).take(count).collect();
+        Self { _store: Some(store), ..Self::of(labs) }
     }
 
     /// Of labs that know where their store is.
     pub fn of(labs: Vec<Lab>) -> Self {
-        let (etcd, count) = (Etcd::start(), labs.len());
-        let mut token = String::new();
-        for (number, lab) in (1..).zip(&labs) {
-            let (name, address) = (format!("h{number}"), free_address().to_string());
-            let host = ["--name", name.as_str(), "--address", address.as_str()];
-            if number == 1 {
-                let etcd = format!("http://{}", etcd.address);
-                lab.ok(&[&["host", "init", "--etcd", &etcd], &host[..]].concat());
-                let uses = count.to_string();
-                token = lab.ok(&["host", "token", "--uses", &uses])["token"].as_str().unwrap().to_owned();
-            } else {
-                lab.ok(&[&["host", "join", &token], &host[..]].concat());
-            }
-        }
-        for lab in &labs {
-            until("every host to be there", || {
-                let hosts = lab.ok(&["host", "list"]);
-                let ready = hosts["hosts"].as_array().unwrap().iter().filter(|host| host["state"] == "ready");
-                (ready.count() == count).then_some(())
-            });
-        }
+        let etcd = Etcd::start();
+        let addresses: Vec<String> = labs.iter().map(|_| free_address().to_string()).collect();
+        form(&labs, &addresses, &format!("http://{}", etcd.address));
         Self { labs, _etcd: etcd, _store: None }
     }
 
@@ -279,8 +237,7 @@ fn an_environment_spans_hosts_and_outlives_one() {
         assert_eq!(snapshot["frames"]["unaccounted"], 0, "{snapshot}");
         assert!(snapshot["frames"]["sent_before"].as_u64().unwrap() > 0);
     }
-    let verified = three.ok(&["snapshot", "verify", "-e", "wide", "from-two"]);
-    assert_eq!(verified["ok"], true, "{verified}");
+    three.verify("from-two");
 
     // An agent that dies takes its part back, with its tunnels.
     two.kill_agent();
@@ -299,18 +256,12 @@ fn an_environment_spans_hosts_and_outlives_one() {
 
     // A machine that names a host goes nowhere else, so the whole environment cannot be on the rest.
     two.kill_everything();
-    until_lost(one);
+    until_lost(one, "h2");
     assert!(machine_states(one).iter().any(|(_, state)| state == "lost"));
     let refused = three.refused(&["snapshot", "create", "-e", "wide", "without-one"]);
     assert_eq!(refused.kind, "cut-failed", "{refused:?}");
-    let list = one.ok(&["snapshot", "list"]);
-    let names: Vec<&str> = list["snapshots"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .filter_map(|snapshot| snapshot["name"].as_str())
-        .collect();
-    assert!(!names.contains(&"without-one"), "{names:?}");
+    let names = one.snapshots();
+    assert!(!names.contains(&"without-one".to_owned()), "{names:?}");
     let refused = one.refused(&["restore", "-e", "wide", "from-two"]);
     assert!(refused.message.contains("no host can have the machine `b`"), "{refused:?}");
 
@@ -341,7 +292,7 @@ fn an_environment_moves_to_the_hosts_that_are_left() {
     one.ok(&["snapshot", "create", "-e", "wide", "whole"]);
 
     two.kill_everything();
-    until_lost(one);
+    until_lost(one, "h2");
     one.ok(&["restore", "-e", "wide", "whole"]);
     assert_eq!(machine_states(one), vec![("h1".to_owned(), "running".to_owned()); 3]);
     for (machine, address) in [("a", "10.0.0.2"), ("b", "10.0.0.3"), ("c", "10.0.0.1")] {
@@ -520,10 +471,42 @@ pub fn hosts_of(states: &[(String, String)]) -> u64 {
     hosts.len() as u64
 }
 
-pub fn until_lost(lab: &Lab) {
+/// Makes a cluster of hosts, `h1` and on, and waits until all of them see all.
+#[track_caller]
+pub fn form(labs: &[Lab], addresses: &[String], etcd: &str) {
+    let mut token = String::new();
+    for (number, (lab, address)) in (1..).zip(labs.iter().zip(addresses)) {
+        let name = format!("h{number}");
+        let host = ["--name", name.as_str(), "--address", address.as_str()];
+        if number == 1 {
+            lab.ok(&[&["host", "init", "--etcd", etcd], &host[..]].concat());
+            let uses = labs.len().to_string();
+            token = lab.ok(&["host", "token", "--uses", &uses])["token"].as_str().unwrap().to_owned();
+        } else {
+            lab.ok(&[&["host", "join", &token], &host[..]].concat());
+        }
+    }
+    until_ready(labs);
+}
+
+/// Every host shows every host as ready.
+#[track_caller]
+pub fn until_ready(labs: &[Lab]) {
+    for lab in labs {
+        until("every host to be there", || {
+            let hosts = lab.ok(&["host", "list"]);
+            let ready = hosts["hosts"].as_array().unwrap().iter().filter(|host| host["state"] == "ready");
+            (ready.count() == labs.len()).then_some(())
+        });
+    }
+}
+
+/// A host shows another as lost.
+#[track_caller]
+pub fn until_lost(lab: &Lab, name: &str) {
     until("the host to be lost", || {
         let list = lab.ok(&["host", "list"]);
         let hosts = list["hosts"].as_array().unwrap();
-        hosts.iter().any(|host| host["state"] == "lost").then_some(())
+        hosts.iter().any(|host| host["name"] == name && host["state"] == "lost").then_some(())
     });
 }

@@ -2,19 +2,15 @@
 
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-
-use crate::lab::{Lab, Ran, ran, refusal, until};
+use crate::lab::{Lab, Ran, interrupt, ran, refusal, until};
 use crate::traffic::{self, PAIR};
 
 /// Runs a command and interrupts it after a while.
 pub(crate) fn interrupted(lab: &Lab, arguments: &[&str], delay_ms: u64) -> Ran {
     let command = lab.begin(arguments);
     std::thread::sleep(Duration::from_millis(delay_ms));
-    let pid = Pid::from_raw(i32::try_from(command.id()).unwrap());
     // It may have ended before; nobody has waited for it, so its id is still its own.
-    kill(pid, Signal::SIGINT).unwrap();
+    interrupt(&command);
     let left = ran(command.wait_with_output().unwrap());
     assert!(matches!(left.status, Some(0 | 130)), "{arguments:?} after {delay_ms} ms: {left:?}");
     left

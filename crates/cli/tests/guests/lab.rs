@@ -114,14 +114,7 @@ impl Lab {
 
     /// The program with this lab's folders.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = match &self.namespace {
-            None => Command::new(env!("CARGO_BIN_EXE_diorama")),
-            Some(name) => {
-                let mut command = Command::new("nsenter");
-                command.arg(format!("--net=/run/netns/{name}")).arg(env!("CARGO_BIN_EXE_diorama"));
-                command
-            }
-        };
+        let mut command = program(self.namespace.as_deref(), env!("CARGO_BIN_EXE_diorama"));
         command
             .args(arguments)
             .current_dir(self.folder.path())
@@ -278,30 +271,28 @@ impl Lab {
     /// Nothing of an unfinished snapshot is anywhere.
     #[track_caller]
     pub fn assert_nothing_partial(&self) {
-        assert_eq!(entries(&self.home().join("store/incoming")), [""; 0], "{}", self.agent_log());
+        // Where that is a bucket, there is no such folder.
+        let store = self.variables.iter().find(|(name, _)| name == "DIORAMA_STORE");
+        let store = store.map_or_else(|| self.home().join("store"), |(_, folder)| folder.into());
+        assert_eq!(entries(&store.join("incoming")), [""; 0], "{}", self.agent_log());
         let new: Vec<String> = entries(&self.runtime().join("ram"))
             .into_iter()
             .filter(|name| name.starts_with("new-"))
             .collect();
-        assert_eq!(new, [""; 0]);
+        assert_eq!(new, [""; 0], "{}", self.agent_log());
         assert_eq!(entries(&self.home().join("spill")), [""; 0]);
     }
 
-    /// The processes of agents: one, or none.
-    pub fn agent_pids(&self) -> Vec<Pid> {
+    /// The agent's process.
+    #[track_caller]
+    pub fn agent_pid(&self) -> Pid {
         let is_agent = |pid: &Pid| {
             let arguments = arguments(*pid);
             // Not the process that keeps its captures.
             arguments.get(1).is_some_and(|one| one == "agent")
                 && arguments.get(2).is_none_or(|one| one != "keep-captures")
         };
-        self.processes().into_iter().filter(is_agent).collect()
-    }
-
-    /// The agent's process.
-    #[track_caller]
-    pub fn agent_pid(&self) -> Pid {
-        let agents = self.agent_pids();
+        let agents: Vec<Pid> = self.processes().into_iter().filter(is_agent).collect();
         assert_eq!(agents.len(), 1, "{agents:?}");
         agents[0]
     }
@@ -418,6 +409,28 @@ pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
         assert!(Instant::now() < deadline, "still waiting for {what} after {LIMIT:?}");
         std::thread::sleep(LOOK);
     }
+}
+
+/// A program in a network namespace, or in the test's own.
+pub fn program(namespace: Option<&str>, name: &str) -> Command {
+    let Some(namespace) = namespace else { return Command::new(name) };
+    let mut command = Command::new("nsenter");
+    command.arg(format!("--net=/run/netns/{namespace}")).arg(name);
+    command
+}
+
+/// Whether the test can be run; who is not root is told that it is left out.
+pub fn is_root(to: &str) -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        eprintln!("skipped: only root can {to}");
+    }
+    root
+}
+
+/// What Ctrl-C does to a command.
+pub fn interrupt(child: &Child) {
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
 }
 
 /// Kills a process, and waits until it is gone.

@@ -10,6 +10,7 @@ mod cluster;
 mod cluster_faults;
 mod disks;
 mod encryption;
+mod etcd;
 mod extract;
 mod faults;
 mod hosts;

@@ -6,16 +6,8 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::posix_fallocate;
 
-use crate::lab::{Lab, entries, ran, refusal, until};
+use crate::lab::{Lab, entries, is_root, ran, refusal, until};
 use crate::traffic::{self, PAIR};
-
-fn is_root() -> bool {
-    let root = nix::unistd::geteuid().is_root();
-    if !root {
-        eprintln!("skipped: only root can mount a small file system");
-    }
-    root
-}
 
 /// Takes all room that a file system has left.
 fn fill(folder: &Path) {
@@ -40,7 +32,7 @@ fn make_room(folder: &Path) {
 
 #[test]
 fn a_full_disk_undoes_a_snapshot() {
-    if !is_root() {
+    if !is_root("mount a small file system") {
         return;
     }
     let mut lab = Lab::new();
@@ -92,7 +84,7 @@ fn a_full_disk_undoes_a_snapshot() {
 
 #[test]
 fn too_little_memory_for_the_cache() {
-    if !is_root() {
+    if !is_root("mount a small file system") {
         return;
     }
     let mut lab = Lab::new();

@@ -25,9 +25,28 @@ pub struct Arrived {
     pub lost: u64,
 }
 
+/// How much is sent in a second.
+#[derive(Debug, Clone, Copy)]
+pub struct Rate {
+    /// By TCP, as `traffic` has it.
+    pub bytes: &'static str,
+    /// By UDP.
+    pub datagrams: u32,
+}
+
+/// What two machines of one host have no trouble with.
+const RATE: Rate = Rate { bytes: "400KiB", datagrams: 200 };
+
 /// Starts the traffic, and returns once both kinds have arrived.
 #[track_caller]
 pub fn start(lab: &Lab, environment: &str) -> Arrived {
+    begin(lab, environment, RATE);
+    until("traffic", || look(lab, environment).filter(Arrived::has_both))
+}
+
+/// Starts the traffic.
+#[track_caller]
+pub fn begin(lab: &Lab, environment: &str, Rate { bytes, datagrams }: Rate) {
     lab.shell(
         environment,
         "server",
@@ -39,41 +58,64 @@ pub fn start(lab: &Lab, environment: &str) -> Arrived {
         environment,
         "client",
         // Frames that wait for an answer to ARP may leave in another order.
-        "ping -c 1 -W 10 10.0.0.1 >/dev/null; \
-         traffic tcp-send --to 10.0.0.1:7000 --rate 400KiB </dev/null >/dev/null 2>&1 & \
-         traffic udp-send --to 10.0.0.1:7001 --rate 200 </dev/null >/dev/null 2>&1 &",
+        &format!(
+            "ping -c 1 -W 10 10.0.0.1 >/dev/null; \
+             traffic tcp-send --to 10.0.0.1:7000 --rate {bytes} </dev/null >/dev/null 2>&1 & \
+             traffic udp-send --to 10.0.0.1:7001 --rate {datagrams} </dev/null >/dev/null 2>&1 &"
+        ),
     );
-    until("traffic", || look(lab, environment).filter(|arrived| arrived.bytes > 0 && arrived.received > 0))
+}
+
+impl Arrived {
+    pub fn has_both(&self) -> bool {
+        self.bytes > 0 && self.received > 0
+    }
+
+    /// Whether more of both has arrived than then.
+    pub fn is_beyond(&self, before: &Self) -> bool {
+        self.bytes > before.bytes && self.received > before.received
+    }
 }
 
 /// What has arrived by now. It must all be right, but for what is lost.
 #[track_caller]
 pub fn look(lab: &Lab, environment: &str) -> Option<Arrived> {
-    let text = lab.shell(environment, "server", "cat /tmp/tcp /tmp/udp 2>/dev/null; true");
-    let mut lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let ran = lab.try_shell(environment, "server", STATUS);
+    assert_eq!(ran.status, Some(0), "{ran:?}\n{}", lab.agent_log());
+    let (arrived, udp) = read(&ran.stdout)?;
+    for wrong in ["reordered", "too_old"] {
+        assert_eq!(udp[wrong], 0, "{wrong} in {udp}");
+    }
+    Some(arrived)
+}
+
+/// Prints on the server what has arrived.
+pub const STATUS: &str = "cat /tmp/tcp /tmp/udp 2>/dev/null; true";
+
+/// What [`STATUS`] has printed, and the datagrams' account: whatever the network does, nothing arrives twice or damaged.
+#[track_caller]
+pub fn read(printed: &str) -> Option<(Arrived, Value)> {
+    let mut lines = printed.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     let (tcp, udp) = (lines.next()?, lines.next()?);
     if tcp["state"] == "waiting" || udp["received"].is_null() {
         return None;
     }
     assert_eq!(tcp["state"], "open", "{tcp}");
     assert_eq!((&tcp["bad_bytes"], &tcp["connections"]), (&0.into(), &1.into()), "{tcp}");
-    for wrong in ["duplicated", "reordered", "strangers", "too_old"] {
-        assert_eq!(udp[wrong], 0, "{wrong} in {udp}");
-    }
-    Some(Arrived {
+    assert_eq!((&udp["duplicated"], &udp["strangers"]), (&0.into(), &0.into()), "{udp}");
+    let arrived = Arrived {
         connection: tcp["connection"].clone(),
         bytes: tcp["bytes"].as_u64().unwrap(),
         received: udp["received"].as_u64().unwrap(),
         lost: udp["lost"].as_u64().unwrap(),
-    })
+    };
+    Some((arrived, udp))
 }
 
 /// Waits until more of the same has arrived than `before`, and returns it.
 #[track_caller]
 pub fn goes_on(lab: &Lab, environment: &str, before: &Arrived) -> Arrived {
-    let now = until("more traffic", || {
-        look(lab, environment).filter(|now| now.bytes > before.bytes && now.received > before.received)
-    });
+    let now = until("more traffic", || look(lab, environment).filter(|now| now.is_beyond(before)));
     assert_eq!(now.connection, before.connection, "another session");
     now
 }
