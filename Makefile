@@ -118,9 +118,12 @@ unit: images s3-server ## all tests, without the lints
 	fi
 	cargo test --workspace --doc
 
-# Stable Rust alone: valid input is mangled at random. The same tests run for seconds in `test`.
-fuzz: ## mangle what the store's parsers read, for long; CASES says how often (20000)
-	PROPTEST_CASES=$(or $(CASES),20000) cargo test --release -p diorama-store --test store -- fuzz::
+# Stable Rust alone: valid input is mangled at random. The same tests run for seconds in `test`, and are built as there,
+# with checks of overflows.
+FUZZED := api cut qemu store switch topology tunnel
+fuzz: ## mangle what every parser reads, for long; CASES says how often (20000)
+	PROPTEST_CASES=$(or $(CASES),20000) cargo test $(FUZZED:%=-p diorama-%) --no-fail-fast \
+		--lib --test fuzz --test properties --test protocol --test store -- mangled
 
 # Apart from `test`: where cargo-deny is missing, building it takes minutes.
 licences: ## check the licences of all dependencies (deny.toml)

@@ -2,9 +2,27 @@
 //!
 //! Bytes that are almost right get past the first checks, and find what random ones never reach.
 
+use std::hash::{BuildHasher, RandomState};
+
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::Index;
+use proptest::test_runner::RngSeed;
+
+/// So many cases that they take a second or so, unless PROPTEST_CASES says otherwise (`make fuzz` does). Prints its seed;
+/// PROPTEST_RNG_SEED repeats it.
+pub fn config(cases: u32) -> ProptestConfig {
+    let given = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
+    let mut config = ProptestConfig::with_cases(given.unwrap_or(cases));
+    config.failure_persistence = None;
+    if let RngSeed::Random = config.rng_seed {
+        config.rng_seed = RngSeed::Fixed(RandomState::new().hash_one("seed"));
+    }
+    if let RngSeed::Fixed(seed) = config.rng_seed {
+        println!("PROPTEST_RNG_SEED={seed}");
+    }
+    config
+}
 
 /// One thing done to some bytes.
 #[derive(Debug, Clone)]

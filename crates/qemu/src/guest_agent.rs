@@ -20,6 +20,9 @@ use std::time::{Duration, Instant};
 /// The largest reply. The agent cuts standard output and standard error at 16 MiB each; both in base64 make 43 MiB.
 pub const MAX_REPLY_BYTES: usize = 48 << 20;
 
+/// The most values in a reply: no answer that is asked for has more than ten, and a guest may send anything.
+const MAX_REPLY_VALUES: usize = 1 << 10;
+
 /// The least that an answer comes at, once it has begun: a serial port without KVM on a busy host.
 const ANSWER_BYTES_PER_SECOND: u64 = 64 << 10;
 
@@ -131,7 +134,7 @@ impl GuestAgent {
     }
 
     fn attach(stream: UnixStream) -> GuestAgent {
-        let decoder = Decoder::with_limit(MAX_REPLY_BYTES);
+        let decoder = decoder();
         GuestAgent { stream, decoder, timeout: Duration::from_secs(10) }
     }
 
@@ -202,7 +205,9 @@ impl GuestAgent {
             // A line that is cut by the next mark, or another id, belongs to an earlier conversation.
             match self.read_value(started, deadline) {
                 Ok(value) if value["return"].as_u64() == Some(id) => return Ok(()),
-                Ok(_) | Err(GuestAgentError::Decode(DecodeError::NotJson { .. })) => {}
+                Ok(_)
+                | Err(GuestAgentError::Decode(DecodeError::NotJson { .. } | DecodeError::TooMany { .. })) => {
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -210,8 +215,7 @@ impl GuestAgent {
 
     /// Drops everything up to and including the next mark. What was decoded before it is stale.
     fn skip_to_sentinel(&mut self, started: Instant, deadline: Instant) -> Result<(), GuestAgentError> {
-        let mut buffered =
-            std::mem::replace(&mut self.decoder, Decoder::with_limit(MAX_REPLY_BYTES)).into_bytes();
+        let mut buffered = std::mem::replace(&mut self.decoder, decoder()).into_bytes();
         loop {
             if let Some(at) = buffered.iter().position(|&byte| byte == SENTINEL) {
                 self.decoder.feed(&buffered[at + 1..]);
@@ -275,6 +279,10 @@ impl GuestAgent {
     }
 }
 
+pub(crate) fn decoder() -> Decoder {
+    Decoder::with_limits(MAX_REPLY_BYTES, MAX_REPLY_VALUES)
+}
+
 fn channel_error(error: io::Error, started: Instant) -> GuestAgentError {
     match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
@@ -285,7 +293,7 @@ fn channel_error(error: io::Error, started: Instant) -> GuestAgentError {
     }
 }
 
-fn answer(command: &'static str, mut value: Value) -> Result<Value, GuestAgentError> {
+pub(crate) fn answer(command: &'static str, mut value: Value) -> Result<Value, GuestAgentError> {
     if let Some(error) = value.get("error") {
         let text = |key: &str| error[key].as_str().unwrap_or_default().to_owned();
         return Err(GuestAgentError::Refused { command, class: text("class"), desc: text("desc") });
@@ -293,7 +301,7 @@ fn answer(command: &'static str, mut value: Value) -> Result<Value, GuestAgentEr
     value.get_mut("return").map(Value::take).ok_or(GuestAgentError::BadAnswer { command, field: "return" })
 }
 
-fn parse_status(answer: &Value) -> Result<Option<Status>, GuestAgentError> {
+pub(crate) fn parse_status(answer: &Value) -> Result<Option<Status>, GuestAgentError> {
     let bad = |field| GuestAgentError::BadAnswer { command: "guest-exec-status", field };
     if !answer["exited"].as_bool().ok_or_else(|| bad("exited"))? {
         return Ok(None);

@@ -30,3 +30,9 @@ pub mod process;
 pub mod qcow2;
 pub mod qmp;
 pub mod socket_path;
+
+#[cfg(test)]
+mod fuzz;
+#[cfg(test)]
+#[path = "../../../testing/mangle.rs"]
+mod mangle;

@@ -16,6 +16,9 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::RngSeed;
 
+#[path = "../../../testing/mangle.rs"]
+mod mangle;
+
 struct AllPresent;
 
 impl Files for AllPresent {
@@ -57,6 +60,35 @@ const FULL: &str = include_str!("full.yaml");
 #[test]
 fn the_file_that_is_mangled_below_is_right() {
     assert_eq!(read(FULL).map(|environment| environment.machines.len()), Ok(4));
+}
+
+/// Many small documents in one, and each bound of the parser's.
+#[test]
+fn mangled_files_of_any_bytes() {
+    let anchors = format!("{FULL}\nx: &a [1, 2]\ny: &b [*a, *a, *a]\nz: [*b, *b, *b]\n");
+    for whole in [FULL, &anchors] {
+        proptest!(mangle::config(256), |(how in mangle::mangles())| {
+            check(&String::from_utf8_lossy(&mangle::mangled(whole.as_bytes(), &how)));
+        });
+    }
+}
+
+/// What stands for more than anybody can have is refused before it is had.
+#[test]
+fn a_few_bytes_that_mean_many_are_refused() {
+    let mut bomb = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x]\n");
+    for level in 1..40 {
+        let last = level - 1;
+        bomb.push_str(&format!("a{level}: &a{level} [*a{last}, *a{last}, *a{last}, *a{last}, *a{last}]\n"));
+    }
+    let deep = format!("name: {}", "[".repeat(200_000));
+    let wide = format!("machines: {{{}}}", "? ".repeat(100_000));
+    for text in [&bomb, &deep, &wide] {
+        let begun = std::time::Instant::now();
+        check(text);
+        assert!(read(text).is_err());
+        assert!(begun.elapsed().as_secs() < 20, "{} bytes took {:?}", text.len(), begun.elapsed());
+    }
 }
 
 /// Proptest prints no seed by itself: choose it here, unless the caller has.

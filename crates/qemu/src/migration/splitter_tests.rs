@@ -219,6 +219,29 @@ fn after_an_error_nothing_is_taken() {
     assert_eq!(kept, Kept::default());
 }
 
+mod fuzz {
+    use super::*;
+    use crate::mangle::{config, mangled, mangles};
+
+    /// However it comes in pieces, the same comes of it.
+    #[test]
+    fn mangled_streams() {
+        proptest!(config(500), |(how in mangles(), piece in 1..6000_usize)| {
+            let stream = mangled(&stream(), &how);
+            let whole = split(&[&stream]).map_err(|error| error.to_string());
+            let pieces: Vec<&[u8]> = stream.chunks(piece).collect();
+            let parts = split(&pieces).map_err(|error| error.to_string());
+            if let Ok((kept, summary)) = &whole {
+                prop_assert_eq!(summary.stream_bytes, stream.len() as u64);
+                let is_page = |offset: &u64| *offset < RAM_BYTES && offset.is_multiple_of(PAGE_SIZE_BYTES as u64);
+                prop_assert!(kept.pages.keys().all(is_page));
+                prop_assert!(kept.residual.len() <= stream.len());
+            }
+            prop_assert_eq!(whole, parts);
+        });
+    }
+}
+
 proptest! {
     #[test]
     fn chunking_does_not_matter(mut cuts in proptest::collection::vec(any::<proptest::sample::Index>(), 0..40)) {

@@ -2,7 +2,8 @@
 //!
 //! Invariants: the decoder never holds more than its limit plus one fed chunk; a line that is no valid message costs
 //! one error and the next line decodes as usual; a message that outgrows the limit ends the stream, since its end
-//! cannot be found within the bound.
+//! cannot be found within the bound. A decoded value takes some hundred bytes of memory for a few of text, so that a line
+//! with more values than its limit is not decoded.
 
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -10,6 +11,9 @@ use std::collections::VecDeque;
 /// The largest message accepted from QEMU. `query-named-block-nodes` of a machine with a long disk chain is the
 /// largest seen, at some hundred kilobytes.
 pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
+
+/// The most values in a message from QEMU; one of some hundred kilobytes has tens of thousands.
+const MAX_MESSAGE_VALUES: usize = 1 << 18;
 
 /// One message from QEMU.
 #[derive(Debug, Clone, PartialEq)]
@@ -79,6 +83,16 @@ pub enum DecodeError {
         /// What the JSON parser said.
         reason: String,
     },
+    /// A line has more values than any message.
+    #[error("a line of {length_bytes} bytes has {values} values, more than {limit}")]
+    TooMany {
+        /// The line's length.
+        length_bytes: usize,
+        /// How many values there may be in it.
+        values: usize,
+        /// The limit that was exceeded.
+        limit: usize,
+    },
     /// A message outgrew the limit; the decoder gives nothing more.
     #[error("a message exceeds {limit_bytes} bytes")]
     TooLong {
@@ -94,6 +108,7 @@ pub struct Decoder {
     /// Bytes at the buffer's start that are known to hold no line end.
     scanned: usize,
     limit_bytes: usize,
+    limit_values: usize,
     overflowed: bool,
 }
 
@@ -106,12 +121,12 @@ impl Default for Decoder {
 impl Decoder {
     /// A decoder with the usual limit, [`MAX_MESSAGE_BYTES`].
     pub fn new() -> Decoder {
-        Decoder::with_limit(MAX_MESSAGE_BYTES)
+        Decoder::with_limits(MAX_MESSAGE_BYTES, MAX_MESSAGE_VALUES)
     }
 
-    /// A decoder that accepts messages of up to `limit_bytes`.
-    pub fn with_limit(limit_bytes: usize) -> Decoder {
-        Decoder { buffer: VecDeque::new(), scanned: 0, limit_bytes, overflowed: false }
+    /// A decoder that accepts messages of up to `limit_bytes`, with about `limit_values` values.
+    pub fn with_limits(limit_bytes: usize, limit_values: usize) -> Decoder {
+        Decoder { buffer: VecDeque::new(), scanned: 0, limit_bytes, limit_values, overflowed: false }
     }
 
     /// Takes bytes as they arrived. Drain [`Decoder::next_message`] between calls: that keeps the memory bounded.
@@ -136,6 +151,12 @@ impl Decoder {
             let line = line.trim_ascii();
             if line.is_empty() {
                 continue;
+            }
+            // Each value but the first follows one of these. In strings they count as well.
+            let values = line.iter().filter(|byte| matches!(byte, b',' | b':' | b'[' | b'{')).count();
+            if values > self.limit_values {
+                let (length_bytes, limit) = (line.len(), self.limit_values);
+                return Some(Err(DecodeError::TooMany { length_bytes, values, limit }));
             }
             return Some(match serde_json::from_slice::<Value>(line) {
                 Ok(value) if value.is_object() => Ok(value),
@@ -271,11 +292,23 @@ mod tests {
 
     #[test]
     fn an_endless_message_is_refused() {
-        let mut decoder = Decoder::with_limit(100);
+        let mut decoder = Decoder::with_limits(100, 10);
         decoder.feed(&[b'x'; 101]);
         assert!(matches!(decoder.next_message(), Some(Err(DecodeError::TooLong { limit_bytes: 100 }))));
         decoder.feed(b"\n{}\n");
         assert!(decoder.next_message().is_none());
+    }
+
+    #[test]
+    fn a_message_of_too_many_values_costs_one_error_only() {
+        let mut decoder = Decoder::new();
+        let many = format!("{{\"return\": [{}0]}}\n{{}}\n", "0,".repeat(MAX_MESSAGE_VALUES));
+        decoder.feed(many.as_bytes());
+        assert!(matches!(
+            decoder.next_message(),
+            Some(Err(DecodeError::TooMany { limit: MAX_MESSAGE_VALUES, .. }))
+        ));
+        assert_eq!(drain(&mut decoder), [Message::Unknown(json!({}))]);
     }
 
     #[test]
@@ -306,7 +339,7 @@ mod tests {
 
         #[test]
         fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
-            let mut decoder = Decoder::with_limit(256);
+            let mut decoder = Decoder::with_limits(256, 100);
             decoder.feed(&bytes);
             let lines = bytes.iter().filter(|&&byte| byte == b'\n').count();
             let yielded = std::iter::from_fn(|| decoder.next_message()).count();

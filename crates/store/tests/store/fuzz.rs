@@ -6,14 +6,8 @@ use std::fs;
 use diorama_store::*;
 use proptest::prelude::*;
 
-use crate::mangle::{mangled, mangles};
+use crate::mangle::{config, mangled, mangles};
 use crate::sample::*;
-
-/// So many that all of them take seconds; PROPTEST_CASES says otherwise. What fails is printed with its input.
-fn config() -> ProptestConfig {
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(64);
-    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
-}
 
 /// A manifest that anybody could have made, with the right id. What is accepted has been checked to be in bounds.
 #[test]
@@ -21,7 +15,7 @@ fn mangled_manifests() {
     let sample = Sample::new();
     let id = sample.commit("whole", 1);
     let whole = fs::read(sample.manifest_file(&id)).unwrap();
-    proptest!(config(), |(how in mangles())| {
+    proptest!(config(64), |(how in mangles())| {
         let bytes = mangled(&whole, &how);
         let forged = SnapshotId::of_manifest(&bytes);
         fs::write(sample.manifest_file(&forged), &bytes).unwrap();
@@ -56,7 +50,7 @@ fn mangled_objects() {
         if sample.options.secret.is_some() {
             objects.push(sample.name_file("whole", &id));
         }
-        proptest!(config(), |(which in any::<prop::sample::Index>(), how in mangles())| {
+        proptest!(config(64), |(which in any::<prop::sample::Index>(), how in mangles())| {
             let file = &objects[which.index(objects.len())];
             let whole = fs::read(file).unwrap();
             let bytes = mangled(&whole, &how);
@@ -81,7 +75,7 @@ fn mangled_archives() {
     let id = sample.commit("whole", 1);
     let mut whole = Vec::new();
     sample.store.export(&id, &mut whole, &mut none).unwrap();
-    proptest!(config(), |(how in mangles())| {
+    proptest!(config(64), |(how in mangles())| {
         let bytes = mangled(&whole, &how);
         let to = Sample::new();
         match to.store.import(&mut &*bytes, None, &mut none) {
