@@ -2,6 +2,7 @@
 //!
 //! Invariant: dropping [`Hosts`] ends everything in the namespaces and removes them.
 
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -127,6 +128,8 @@ impl Hosts {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
+            // A Ctrl-C is for the benchmark, which takes everything down in order, and needs etcd for that.
+            .process_group(0)
             .spawn()
             .map_err(Failure::io(
                 "cannot run nsenter, setpriv and etcd (Debian's util-linux, etcd-server)",
