@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`lab`] | private folders, the real `diorama` binary, and what is left behind: nothing |
 //! | [`load`] | four machines, and the traffic in them |
+//! | [`standstill`] | when programs in guests are seen at work, from outside |
 //! | [`figures`] | medians, maxima, tables |
 //! | [`snapshot`], [`consistency`], [`restore`], [`store`], [`collection`], [`idle`], [`switch`], [`protect`], [`cluster`], [`tunnel`] | one benchmark each |
 //!
@@ -21,6 +22,7 @@ mod load;
 mod protect;
 mod restore;
 mod snapshot;
+mod standstill;
 mod store;
 mod switch;
 mod tunnel;

@@ -2,6 +2,8 @@
 //!
 //! The three ways take turns on the same guests in one run, so that whatever else the computer does falls on all.
 
+use std::time::Duration;
+
 use clap::Args;
 use diorama_api::{RestoreReport, SnapshotReport};
 use serde::Serialize;
@@ -9,8 +11,9 @@ use serde::Serialize;
 use crate::Common;
 use crate::failure::Failure;
 use crate::figures::{Outcome, Sample, Summary, ms, table, times};
-use crate::lab::{Lab, say};
+use crate::lab::{self, Lab, say};
 use crate::load::{self, Load};
+use crate::standstill::Beats;
 
 const ENVIRONMENT: &str = "bench";
 const CAPTURES: [&str; 3] = ["live", "stop", "precopy"];
@@ -47,6 +50,8 @@ struct Row {
     stall_beyond_pause_us: Summary,
     skew_us: Summary,
     create_ms: Summary,
+    /// The longest time that a program in a guest stood still, from the command's start until after its end.
+    standstill_ms: Summary,
     in_flight: u64,
     unaccounted: i64,
     drain_incomplete: u32,
@@ -61,11 +66,12 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
         let lab = Lab::new()?;
         say(format!("snapshot: starting four machines, {name}"));
         load::start(&lab, ENVIRONMENT, common.memory, load)?;
-        rows.extend(measure(&lab, (name, "booted"), count, captures)?);
+        let beats = Beats::start(&lab, ENVIRONMENT)?;
+        rows.extend(measure(&lab, &beats, (name, "booted"), count, captures)?);
         if !arguments.booted_only {
             let base: SnapshotReport = lab.run(&["-e", ENVIRONMENT, "snapshot", "create", "base"])?;
             let _: RestoreReport = lab.run(&["-e", ENVIRONMENT, "restore", &base.id])?;
-            rows.extend(measure(&lab, (name, "restored"), count, captures)?);
+            rows.extend(measure(&lab, &beats, (name, "restored"), count, captures)?);
         }
     }
     let violations = rows
@@ -81,25 +87,33 @@ pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Fai
 
 fn measure(
     lab: &Lab,
+    beats: &Beats,
     (load, memory): (&'static str, &'static str),
     count: u32,
     captures: &'static [&'static str],
 ) -> Result<Vec<Row>, Failure> {
     let cores_used = load::cores_used(lab, ENVIRONMENT)?;
     say(format!("snapshot: {load}, {memory}: machines use {cores_used:.2} cores"));
-    let mut reports: Vec<Vec<SnapshotReport>> = vec![Vec::new(); captures.len()];
+    let quiet_ms = beats.longest_gap(|| lab::sleep(Duration::from_secs(5)))?.1;
+    say(format!("snapshot: without snapshots, programs stand still for {} ms at most", ms(quiet_ms * 1e3)));
+    let mut taken: Vec<(Vec<SnapshotReport>, Sample)> = vec![Default::default(); captures.len()];
     for _ in 0..count {
-        for (capture, reports) in captures.iter().zip(&mut reports) {
-            let report: SnapshotReport =
-                lab.run(&["-e", ENVIRONMENT, "snapshot", "create", "--capture", capture])?;
+        for (capture, (reports, standstills)) in captures.iter().zip(&mut taken) {
+            let (report, gap_ms) = beats.longest_gap(|| {
+                lab.run::<SnapshotReport>(&["-e", ENVIRONMENT, "snapshot", "create", "--capture", capture])
+            })?;
             remove(lab, ENVIRONMENT, &report.id)?;
             reports.push(report);
+            standstills.push(gap_ms);
         }
     }
     Ok(captures
         .iter()
-        .zip(&reports)
-        .map(|(capture, reports)| row(load, memory, cores_used, capture, reports))
+        .zip(&taken)
+        .map(|(capture, (reports, standstills))| Row {
+            standstill_ms: standstills.summary(),
+            ..row(load, memory, cores_used, capture, reports)
+        })
         .collect())
 }
 
@@ -124,6 +138,7 @@ fn row(
         stall_beyond_pause_us: beyond.summary(),
         skew_us: sample(&mut reports.iter().map(|report| report.cut.skew_us)).summary(),
         create_ms: sample(&mut reports.iter().map(|report| report.create_ms)).summary(),
+        standstill_ms: Sample::default().summary(),
         in_flight: reports.iter().map(|report| report.frames.in_flight).sum(),
         unaccounted: reports.iter().map(|report| report.frames.unaccounted.abs()).sum(),
         drain_incomplete: machines().map(|machine| u32::from(machine.drain_incomplete)).sum(),
@@ -141,6 +156,8 @@ fn text(rows: &[Row], count: u32, memory_mib: u64) -> String {
         "skew",
         "max",
         "create",
+        "standstill",
+        "max",
         "in flight",
         "unacc.",
         "undrained",
@@ -162,6 +179,8 @@ fn text(rows: &[Row], count: u32, memory_mib: u64) -> String {
                 ms(row.skew_us.median),
                 ms(row.skew_us.max),
                 format!("{:.0}", row.create_ms.median),
+                format!("{:.0}", row.standstill_ms.median),
+                format!("{:.0}", row.standstill_ms.max),
                 row.in_flight.to_string(),
                 row.unaccounted.to_string(),
                 row.drain_incomplete.to_string(),
@@ -176,7 +195,8 @@ fn text(rows: &[Row], count: u32, memory_mib: u64) -> String {
         .collect();
     format!(
         "Snapshots of four machines of {memory_mib} MiB, {count} of each kind, taken in turn. Milliseconds; medians, and\n\
-         maxima beside them. Before the snapshots the machines used: {}.\n\n{}\n",
+         maxima beside them. Before the snapshots the machines used: {}. Standstill: the longest that a program in a\n\
+         guest, which writes memory and the console 100 times a second, was not seen at work.\n\n{}\n",
         used.join("; "),
         table(&header, &lines)
     )

@@ -14,10 +14,12 @@
 //! | `token-ring` | no token lost or doubled: a lost one never comes back ([`ring`]) |
 //! | `disk`, `disk-check` | what was synced is there, nothing is torn ([`disk`]) |
 //! | `memory` | none: it dirties pages at a rate ([`memory`]) |
+//! | `beat` | none: it shows outside that programs run ([`beat`]) |
 //!
 //! Peers are hostile: any bytes may arrive, every table is bounded.
 
 mod arguments;
+mod beat;
 mod disk;
 mod memory;
 mod pace;
@@ -41,6 +43,7 @@ Usage:
   traffic tcp-send --to IP:PORT [--rate BYTES] [--seconds N] [--status FILE]
   traffic token-ring --listen P --next IP:PORT [--inject N] [--id K] --status FILE
   traffic memory --bytes N --rate PAGES [--status FILE]
+  traffic beat --file F --rate N [--bytes N]
   traffic disk --file F --rate BYTES [--size BYTES] [--seconds N] [--status FILE]
   traffic disk-check --file F
   traffic status FILE
@@ -109,6 +112,7 @@ fn run(mut words: Vec<String>) -> Result<(), Failure> {
         "tcp-send" => tcp::send,
         "token-ring" => ring::pass,
         "memory" => memory::dirty,
+        "beat" => beat::beat,
         "disk" => disk::write,
         "disk-check" => disk::check,
         _ => return Err(ArgumentError::UnknownCommand { command }.into()),
