@@ -260,14 +260,26 @@ impl Store {
         let kind =
             CheckProblemKind::Nameless { id: *id, environment: environment.clone(), name: name.clone() };
         let problem = CheckProblem { object: self.backend().locate(&key), kind };
-        // One that leads to another snapshot is not taken away from that.
-        if options.repair && holder.is_none() {
+        // One that leads to another snapshot is not taken away from that, if it is that one's.
+        let is_taken = holder.map_or(Ok(false), |holder| self.goes_by(&holder, environment, name))?;
+        if options.repair && !is_taken {
             self.backend().replace(&key, id.to_string().as_bytes())?;
             report.repaired.push(problem);
         } else {
             report.problems.push(problem);
         }
         Ok(())
+    }
+
+    /// Whether a snapshot says that this is its name, as far as can be told.
+    fn goes_by(&self, id: &SnapshotId, environment: &str, name: &str) -> Result<bool, StoreError> {
+        match self.load(id) {
+            Ok(stored) => Ok(stored.manifest.environment == environment && stored.name == name),
+            Err(StoreError::Missing { .. }) => Ok(false),
+            Err(error) if error.is_damage() => Ok(true),
+            Err(StoreError::UnsupportedSnapshot { .. }) => Ok(true),
+            Err(error) => Err(error),
+        }
     }
 }
 

@@ -218,6 +218,76 @@ fn names_are_mended() {
     }
 }
 
+/// What a snapshot is called here that came from elsewhere. Without it, it is called as where it came from.
+#[test]
+fn aliases_are_mended() {
+    let from = Sample::new();
+    let brought = from.commit("one", 1);
+    for (make, (way, damage)) in each_way() {
+        let sample = make();
+        let own = sample.commit("own", 2);
+        from.store.copy_to(&brought, &sample.store, Some("theirs"), &|| false, &mut none).unwrap();
+        damage(&sample.root().join(format!("aliases/{brought}")));
+        both(&sample, |store| {
+            let report = store.check(ALL, &mut none).unwrap();
+            assert_eq!(report.problems.len(), 1, "{way}: {report:?}");
+            sample.restores(store, &brought, 1).unwrap();
+            sample.restores(store, &own, 2).unwrap();
+            assert_eq!(store.list().unwrap().len(), 2, "{way}");
+        });
+        let store = sample.reopened();
+        let report = store.check(CheckOptions { repair: true, ..ALL }, &mut none).unwrap();
+        assert_eq!((report.problems.len(), report.repaired.len()), (0, 1), "{way}: {report:?}");
+        assert!(store.check(ALL, &mut none).unwrap().is_sound(), "{way}");
+        let name = store.load(&brought).unwrap().name;
+        assert_eq!(store.find_name("pair", &name).unwrap(), Some(brought), "{way}");
+    }
+}
+
+/// Each is whole, and another's.
+#[test]
+fn names_swapped() {
+    let sample = Sample::new();
+    let (a, b) = (sample.commit("a", 1), sample.commit("b", 2));
+    let (file_a, file_b) = (sample.name_file("a", &a), sample.name_file("b", &b));
+    let bytes = fs::read(&file_a).unwrap();
+    fs::copy(&file_b, &file_a).unwrap();
+    fs::write(&file_b, bytes).unwrap();
+    both(&sample, |store| {
+        assert_eq!(store.check(ALL, &mut none).unwrap().problems.len(), 2);
+        sample.restores(store, &a, 1).unwrap();
+        sample.restores(store, &b, 2).unwrap();
+    });
+    let report = sample.store.check(CheckOptions { repair: true, ..ALL }, &mut none).unwrap();
+    assert_eq!((report.problems.len(), report.repaired.len()), (0, 2), "{report:?}");
+    assert_eq!(sample.store.find_name("pair", "a").unwrap(), Some(a));
+    assert_eq!(sample.store.find_name("pair", "b").unwrap(), Some(b));
+}
+
+/// A mark says something by being there: what is in it is nothing, and a pack that is needed stays.
+#[test]
+fn marks_of_doomed_packs_are_harmless() {
+    for make in BOTH {
+        for contents in [None, Some(&b"something"[..])] {
+            let sample = make();
+            let id = sample.commit("one", 1);
+            for pack in [sample.names_in("packs").remove(0), "0".repeat(64)] {
+                sample.backend.create(&format!("doomed/{pack}"), b"").unwrap();
+                if let Some(contents) = contents {
+                    fs::write(sample.root().join("doomed").join(&pack), contents).unwrap();
+                }
+            }
+            both(&sample, |store| {
+                assert!(store.check(ALL, &mut none).unwrap().is_sound());
+                sample.restores(store, &id, 1).unwrap();
+            });
+            sample.store.collect(CollectOptions::default(), &mut none).unwrap();
+            assert_eq!(sample.names_in("doomed"), [""; 0]);
+            sample.restores(&sample.reopened(), &id, 1).unwrap();
+        }
+    }
+}
+
 #[test]
 fn the_rest_can_be_lost() {
     for (make, (way, damage)) in each_way() {

@@ -10,12 +10,16 @@ use crate::faulty::{Fault, Faulty, Switchboard};
 use crate::place::{self, FAULT_STRIDE};
 use crate::sample::*;
 
+/// What is made before, in which the last snapshot stays; and what is then done.
+#[derive(Clone, Copy)]
+pub struct Case {
+    pub prepare: fn(&Sample) -> Vec<(SnapshotId, u8)>,
+    pub work: fn(&Sample, &Store) -> Result<(), StoreError>,
+}
+
 /// Runs `work` with the fault at every position, until it is so late that it does not happen.
-fn at_every_position(
-    prepare: fn(&Sample) -> Vec<(SnapshotId, u8)>,
-    work: fn(&Sample, &Store) -> Result<(), StoreError>,
-) {
-    let plain: fn() -> Sample = Sample::new;
+fn at_every_position(Case { prepare, work }: Case) {
+    let plain: Make = Sample::new;
     let kinds = [
         (Fault::Before, plain),
         (Fault::After, plain),
@@ -43,7 +47,8 @@ fn at_every_position(
     }
 }
 
-fn assert_whole(sample: &Sample, before: &[(SnapshotId, u8)], what: &str) {
+/// Nothing is damaged or lost, and going on works.
+pub fn assert_whole(sample: &Sample, before: &[(SnapshotId, u8)], what: &str) {
     place::let_time_pass(sample);
     let store = sample.reopened();
     let whole = |store: &Store, when: &str| {
@@ -57,6 +62,7 @@ fn assert_whole(sample: &Sample, before: &[(SnapshotId, u8)], what: &str) {
         }
     };
     whole(&store, "at once");
+    assert!(before.last().is_none_or(|(id, _)| store.load(id).is_ok()), "{what}: a snapshot is lost");
     let collected = store.collect(CollectOptions::default(), &mut none).unwrap();
     assert!(!collected.deferred, "{what}: {collected:?}");
     whole(&store, "collected");
@@ -73,45 +79,51 @@ fn assert_whole(sample: &Sample, before: &[(SnapshotId, u8)], what: &str) {
     whole(&store, "gone on");
 }
 
+pub const CREATE: Case = Case {
+    prepare: |sample| vec![(sample.commit("old", 1), 1)],
+    work: |sample, store| {
+        let writer = store.begin()?;
+        let manifest = sample.put_all(&writer, "new", 9)?;
+        writer.commit(manifest).map(drop)
+    },
+};
+
+pub const REMOVE: Case = Case {
+    prepare: |sample| vec![(sample.commit("old", 1), 1), (sample.commit("other", 2), 2)],
+    work: |_, store| {
+        let id = store.resolve("old", None)?;
+        store.remove(&id)
+    },
+};
+
+/// Packs that go, that are repacked, and that were doomed already and are needed.
+pub const COLLECT: Case = Case {
+    prepare: |sample| {
+        let gone = sample.commit("gone", 3);
+        let kept = sample.commit("kept", 1);
+        let both = sample.commit("both", 3);
+        sample.store.remove(&gone).unwrap();
+        let alone = sample.commit("alone", 4);
+        sample.store.remove(&alone).unwrap();
+        sample.store.remove(&both).unwrap();
+        let pack = sample.names_in("packs").remove(0);
+        sample.backend.create(&format!("doomed/{pack}"), b"").unwrap();
+        vec![(kept, 1)]
+    },
+    work: |_, store| store.collect(CollectOptions::default(), &mut none).map(drop),
+};
+
 #[test]
 fn create() {
-    at_every_position(
-        |sample| vec![(sample.commit("old", 1), 1)],
-        |sample, store| {
-            let writer = store.begin()?;
-            let manifest = sample.put_all(&writer, "new", 9)?;
-            writer.commit(manifest).map(drop)
-        },
-    );
+    at_every_position(CREATE);
 }
 
 #[test]
 fn remove() {
-    at_every_position(
-        |sample| vec![(sample.commit("old", 1), 1), (sample.commit("other", 2), 2)],
-        |_, store| {
-            let id = store.resolve("old", None)?;
-            store.remove(&id)
-        },
-    );
+    at_every_position(REMOVE);
 }
 
-/// Packs that go, that are repacked, and that were doomed already and are needed.
 #[test]
 fn collect() {
-    at_every_position(
-        |sample| {
-            let gone = sample.commit("gone", 3);
-            let kept = sample.commit("kept", 1);
-            let both = sample.commit("both", 3);
-            sample.store.remove(&gone).unwrap();
-            let alone = sample.commit("alone", 4);
-            sample.store.remove(&alone).unwrap();
-            sample.store.remove(&both).unwrap();
-            let pack = sample.names_in("packs").remove(0);
-            sample.backend.create(&format!("doomed/{pack}"), b"").unwrap();
-            vec![(kept, 1)]
-        },
-        |_, store| store.collect(CollectOptions::default(), &mut none).map(drop),
-    );
+    at_every_position(COLLECT);
 }

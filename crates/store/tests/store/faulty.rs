@@ -1,8 +1,9 @@
 //! A backend whose operations fail when they are told to.
 
+use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use diorama_store::backend::{Backend, Object, Reading, Recovered, Session};
 use diorama_store::*;
@@ -18,13 +19,23 @@ pub enum Fault {
     Dead,
 }
 
-#[derive(Debug)]
+/// Told of each change that was made, by its number.
+type Watch = Box<dyn Fn(usize) + Send + Sync>;
+
 pub struct Switchboard {
     count: AtomicUsize,
     at: AtomicUsize,
     fault: Fault,
     /// It happened.
     pub hit: AtomicBool,
+    /// While it looks, nothing else happens.
+    watch: Option<(Mutex<usize>, Watch)>,
+}
+
+impl fmt::Debug for Switchboard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Switchboard").field("fault", &self.fault).finish_non_exhaustive()
+    }
 }
 
 /// A folder behind a [`Switchboard`].
@@ -44,13 +55,30 @@ impl Switchboard {
     /// Counts from when it is armed.
     pub fn new(fault: Fault) -> Arc<Self> {
         let (count, at) = (AtomicUsize::new(0), AtomicUsize::new(usize::MAX));
-        Arc::new(Self { count, at, fault, hit: AtomicBool::new(false) })
+        Arc::new(Self { count, at, fault, hit: AtomicBool::new(false), watch: None })
+    }
+
+    /// Nothing fails; `watch` looks after each change.
+    #[allow(dead_code, reason = "what only a folder's tests need")]
+    pub fn watched(watch: impl Fn(usize) + Send + Sync + 'static) -> Arc<Self> {
+        let (count, at) = (AtomicUsize::new(0), AtomicUsize::new(usize::MAX));
+        let watch = Some((Mutex::new(0), Box::new(watch) as Watch));
+        Arc::new(Self { count, at, fault: Fault::Before, hit: AtomicBool::new(false), watch })
     }
 
     /// The operation after this many more fails.
     pub fn arm(&self, after: usize) {
         self.count.store(0, Ordering::Relaxed);
         self.at.store(after, Ordering::Relaxed);
+    }
+
+    fn change<T>(&self, operation: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+        let Some((number, watch)) = &self.watch else { return self.run(operation) };
+        let mut number = number.lock().unwrap();
+        let done = self.run(operation);
+        *number += 1;
+        watch(*number);
+        done
     }
 
     fn run<T>(&self, operation: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
@@ -100,19 +128,19 @@ impl Backend for Faulty {
     }
 
     fn create(&self, key: &str, bytes: &[u8]) -> Result<bool, StoreError> {
-        self.board.run(|| self.inner.create(key, bytes))
+        self.board.change(|| self.inner.create(key, bytes))
     }
 
     fn replace(&self, key: &str, bytes: &[u8]) -> Result<(), StoreError> {
-        self.board.run(|| self.inner.replace(key, bytes))
+        self.board.change(|| self.inner.replace(key, bytes))
     }
 
     fn remove(&self, key: &str, only: Option<&[u8]>) -> Result<bool, StoreError> {
-        self.board.run(|| self.inner.remove(key, only))
+        self.board.change(|| self.inner.remove(key, only))
     }
 
     fn begin(&self) -> Result<Box<dyn Session>, StoreError> {
-        let inner = Some(self.board.run(|| self.inner.begin())?);
+        let inner = Some(self.board.change(|| self.inner.begin())?);
         Ok(Box::new(FaultySession { inner, board: Arc::clone(&self.board) }))
     }
 
@@ -121,7 +149,7 @@ impl Backend for Faulty {
     }
 
     fn recover(&self) -> Result<Recovered, StoreError> {
-        self.board.run(|| self.inner.recover())
+        self.board.change(|| self.inner.recover())
     }
 
     fn reading(&self) -> Reading {
@@ -141,12 +169,12 @@ impl FaultySession {
 
 impl Session for FaultySession {
     fn stage(&self, key: &str, bytes: &[u8]) -> Result<(), StoreError> {
-        self.board.run(|| self.inner().stage(key, bytes))
+        self.board.change(|| self.inner().stage(key, bytes))
     }
 
     /// Each key is an operation of its own: it can fail between two.
     fn publish(&self, keys: &[String]) -> Result<(), StoreError> {
-        keys.iter().try_for_each(|key| self.board.run(|| self.inner().publish(std::slice::from_ref(key))))
+        keys.iter().try_for_each(|key| self.board.change(|| self.inner().publish(std::slice::from_ref(key))))
     }
 
     fn check(&self) -> Result<(), StoreError> {
@@ -154,11 +182,11 @@ impl Session for FaultySession {
     }
 
     fn confirm(&self) -> Result<(), StoreError> {
-        self.board.run(|| self.inner().confirm())
+        self.board.change(|| self.inner().confirm())
     }
 
     fn end(mut self: Box<Self>) -> Result<(), StoreError> {
         let inner = self.inner.take().unwrap();
-        self.board.run(|| inner.end())
+        self.board.change(|| inner.end())
     }
 }

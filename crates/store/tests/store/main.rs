@@ -15,6 +15,7 @@ mod model;
 mod moving;
 mod names;
 mod place;
+mod power;
 mod round_trip;
 mod sample;
 #[path = "../../../../testing/scratch.rs"]
