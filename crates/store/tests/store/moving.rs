@@ -114,7 +114,8 @@ fn what_has_been_moved_is_not_moved_again() {
         use std::os::unix::fs::FileExt;
         ram.write_all_at(&noise(part, 20 * MIB as usize), part * 20 * MIB).unwrap();
     }
-    for (from, to) in WAYS {
+    // A hundred megabytes each: the others are no other in this.
+    for (from, to) in WAYS.into_iter().take(2) {
         let (from, to) = (from(), to());
         let id = from.commit_memory(&from.store, "large", &ram, b"state");
         let (moved, all) = (Cell::new(0), Cell::new(0));
