@@ -9,13 +9,16 @@ mod machine;
 use diorama_qemu::capability;
 use diorama_qemu::command_line::{self, DiskFormat, DiskLayer, RAM_BLOCK};
 use diorama_qemu::disk;
-use diorama_qemu::migration::{RamFile, Splitter, StreamError};
+use diorama_qemu::migration::postcopy::{self, Pages, READY, Reply, ReplyReader};
+use diorama_qemu::migration::{PAGE_SIZE_BYTES, RamFile, Splitter, StreamError};
 use diorama_qemu::qmp::QmpError;
 use machine::{COUNTER_AT, MEMORY_BYTES, Machine, SECOND, Scratch, qemu, soon};
 use serde_json::{Value, json};
 use std::fs;
-use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::io::{Read, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Sender, channel};
 
 #[test]
 fn this_computer_can_capture_live() {
@@ -214,4 +217,83 @@ fn a_residual_that_was_cut_is_refused_by_qemu() {
     let error = Machine::try_restore(&scratch, "restored", &capture, |_| {}).expect_err("cut");
     let text = error.to_string();
     assert!(text.contains("QEMU ended") || text.contains("closed"), "{text}");
+}
+
+/// Sends the pages that QEMU asks for, and nothing else, until it has ended the load.
+fn send_what_is_asked_for(stream: &UnixStream, ram: &fs::File, section: u32, ready: &Sender<()>) -> usize {
+    let mut reader = ReplyReader::default();
+    let mut chunk = [0; 4096];
+    let mut sent = 0;
+    loop {
+        let length = { stream }.read(&mut chunk).expect("the return path");
+        if length == 0 {
+            return sent;
+        }
+        reader.feed(&chunk[..length]);
+        while let Some(reply) = reader.next_reply().expect("a reply") {
+            match reply {
+                Reply::Pong { value } => assert_eq!((value, ready.send(())), (READY, Ok(()))),
+                Reply::Shut { status } => assert_eq!(status, 0),
+                Reply::Request { block, offset, bytes } => {
+                    assert_eq!((block.as_str(), bytes), (RAM_BLOCK, 4096));
+                    let mut page = [0; PAGE_SIZE_BYTES];
+                    ram.read_exact_at(&mut page, offset).expect("a page");
+                    let mut pages = Pages::new(section);
+                    match page.iter().all(|byte| *byte == 0) {
+                        true => pages.zero(RAM_BLOCK, offset),
+                        false => pages.page(RAM_BLOCK, offset, &page),
+                    }
+                    { stream }.write_all(&pages.finish()).expect("sent");
+                    sent += 1;
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_machine_runs_before_its_memory_is_there_and_is_captured_afterwards() {
+    let scratch = Scratch::new();
+    let mut original = Machine::start(&scratch, "original", |_| {});
+    original.wait_for_firmware();
+    let first = original.capture(&scratch.path("ram1"));
+    original.process.kill(soon()).expect("kill");
+    let captured = fs::read(&first.ram).expect("memory");
+
+    let opening = postcopy::opening(&first.residual, RAM_BLOCK, MEMORY_BYTES).expect("the device state");
+    let (mut machine, stream) = Machine::begin_postcopy(&scratch, "lazy");
+    let file = fs::File::open(&first.ram).expect("memory");
+    let (ready, is_ready) = channel();
+    std::thread::scope(|scope| {
+        let source = scope.spawn(|| send_what_is_asked_for(&stream, &file, opening.ram_section, &ready));
+        { &stream }.write_all(&opening.bytes).expect("the opening");
+        is_ready.recv().expect("the devices are loaded");
+        while machine.qmp.execute("query-status", Value::Null, SECOND).expect("status")["status"]
+            == "inmigrate"
+        {}
+        machine.qmp.execute("cont", Value::Null, SECOND).expect("cont");
+        machine.qmp.wait_event(&["RESUME"], soon()).expect("it runs");
+        let counter = |memory: &[u8]| {
+            u32::from_le_bytes(memory[COUNTER_AT..COUNTER_AT + 4].try_into().expect("four bytes"))
+        };
+        // Reading all of memory has all of it sent.
+        let dumped = machine.dump_memory(&scratch.path("dump"));
+        let page = COUNTER_AT..COUNTER_AT + 4096;
+        assert!(dumped[..page.start] == captured[..page.start], "memory below the counter is another");
+        assert!(dumped[page.end..] == captured[page.end..], "memory above the counter is another");
+        let again = machine.dump_memory(&scratch.path("dump"));
+        assert_ne!(counter(&dumped), counter(&again), "it does not run");
+        { &stream }.write_all(&postcopy::closing(opening.ram_section)).expect("the closing");
+        assert_eq!(source.join().expect("the source"), captured.len() / 4096);
+    });
+    loop {
+        let event = machine.qmp.wait_event(&["MIGRATION"], soon()).expect("the end of the load");
+        if event.data["status"] == "completed" {
+            break;
+        }
+    }
+    let second = machine.capture(&scratch.path("ram2"));
+    assert_eq!(second.summary.pages + second.summary.zero_pages, MEMORY_BYTES / 4096);
+    let mut again = Machine::restore(&scratch, "again", &second, |_| {});
+    again.process.kill(soon()).expect("kill");
 }

@@ -13,6 +13,7 @@
 //!
 //! A page may come more than once (pre-copy rounds); the last version wins.
 
+pub mod postcopy;
 mod ram_file;
 mod splitter;
 

@@ -238,8 +238,22 @@ pub struct Splitter {
     main_seen: bool,
     block: Block,
     trailer: Trailer,
+    layout: Layout,
     summary: Summary,
     failed: bool,
+}
+
+/// Where the parts of a stream are, as far as it has been seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Layout {
+    /// Where the header and the configuration end.
+    pub(super) configuration_end: u64,
+    /// Where the devices' sections begin.
+    pub(super) devices: u64,
+    /// Where the mark is that ends them.
+    pub(super) end_mark: u64,
+    /// The number of the section of memory.
+    pub(super) ram_section: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -288,9 +302,15 @@ impl Splitter {
             main_seen: false,
             block: Block::None,
             trailer: Trailer::default(),
+            layout: Layout::default(),
             summary: Summary::default(),
             failed: false,
         }
+    }
+
+    /// Where the parts of a stream are; to be asked before [`Splitter::finish`], and to be believed after it.
+    pub(super) fn layout(&self) -> Layout {
+        Layout { end_mark: self.trailer.end_mark, ..self.layout }
     }
 
     /// Consumes the next bytes of the stream. Pages that lie whole in `chunk` reach the sink without being copied, so
@@ -433,6 +453,7 @@ impl Splitter {
         if length_bytes > MAX_NAME_BYTES {
             return Err(StreamError::NameTooLong { position: self.position, length_bytes });
         }
+        self.layout.configuration_end = self.position + 5 + u64::from(length_bytes);
         self.keep(bytes, 5 + length_bytes as usize, State::Section { first: true }, sink)
     }
 
@@ -456,6 +477,7 @@ impl Splitter {
                     return Err(StreamError::UnsupportedRamVersion { found: version });
                 }
                 self.ram_section = be32(bytes, 1);
+                self.layout.ram_section = be32(bytes, 1).unwrap_or_default();
                 self.keep(bytes, length, State::Ram, sink)
             }
             SECTION_PART | SECTION_END => {
@@ -470,6 +492,7 @@ impl Splitter {
                     return Err(StreamError::NoMainBlock { name: self.main_block.clone() });
                 }
                 self.trailer.scan(position, &bytes[..1]);
+                self.layout.devices = position;
                 self.keep(bytes, 1, State::Devices, sink)
             }
             SECTION_COMMAND => {
@@ -631,6 +654,8 @@ struct Trailer {
     /// The latest sixteen bytes.
     window: u128,
     ends_at: Option<u64>,
+    /// Where that place is: the end mark's.
+    end_mark: u64,
 }
 
 impl Trailer {
@@ -639,6 +664,7 @@ impl Trailer {
         u128::from_be_bytes(*b"\x00\x06\0\0\0\0{\"page_siz"),
         u128::from_be_bytes(*b"\x00\x06\0\0\0\0{\"configur"),
     ];
+    const PATTERN_BYTES: u64 = 16;
     const JSON_SEEN_BYTES: u64 = 10;
 
     fn scan(&mut self, position: u64, bytes: &[u8]) {
@@ -647,6 +673,7 @@ impl Trailer {
             if Trailer::PATTERNS.contains(&(self.window & Trailer::MASK)) {
                 let length = (self.window >> 80) as u32;
                 self.ends_at = Some(at - Trailer::JSON_SEEN_BYTES + u64::from(length));
+                self.end_mark = at - Trailer::PATTERN_BYTES;
             }
         }
     }

@@ -165,6 +165,17 @@ impl Machine {
         result
     }
 
+    /// Starts a machine that reads a postcopy stream, and returns the other end of that.
+    pub fn begin_postcopy(scratch: &Scratch, name: &str) -> (Machine, UnixStream) {
+        let mut machine = Machine::spawn(scratch, name, |config| config.incoming = true).expect("starts");
+        let wanted = capabilities(&[("events", true), ("postcopy-ram", true)]);
+        machine.qmp.execute("migrate-set-capabilities", wanted, SECOND).expect("capabilities");
+        let (ours, theirs) = UnixStream::pair().expect("pair");
+        machine.qmp.send_fd(theirs.as_fd(), "stream", SECOND).expect("getfd");
+        machine.qmp.execute("migrate-incoming", json!({"uri": "fd:stream"}), SECOND).expect("incoming");
+        (machine, ours)
+    }
+
     /// The reason behind a closed connection.
     fn explain(&mut self, error: QmpError) -> StartError {
         match error {
@@ -252,7 +263,8 @@ impl Machine {
     /// Starts a capture and returns the stream.
     pub fn begin_capture(&mut self, background: bool) -> UnixStream {
         let (ours, theirs) = UnixStream::pair().expect("pair");
-        let wanted = capabilities(&[("background-snapshot", background), ("events", true)]);
+        let wanted =
+            capabilities(&[("postcopy-ram", false), ("background-snapshot", background), ("events", true)]);
         self.qmp_cut.execute("migrate-set-capabilities", wanted, SECOND).expect("capabilities");
         self.qmp_cut.send_fd(theirs.as_fd(), "stream", SECOND).expect("getfd");
         self.qmp_cut.take_events();
