@@ -272,7 +272,12 @@ impl Store {
     }
 
     /// The same chunk in another pack, if one has it undamaged.
-    fn find_elsewhere(&self, not: &Found, address: &Address, cache: &mut NodeCache) -> Option<Vec<u8>> {
+    pub(crate) fn find_elsewhere(
+        &self,
+        not: &Found,
+        address: &Address,
+        cache: &mut NodeCache,
+    ) -> Option<Vec<u8>> {
         let others = self.index().others(address, &not.pack.id);
         others.iter().find_map(|found| self.chunk_at(found, address, cache).ok())
     }

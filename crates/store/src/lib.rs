@@ -62,6 +62,7 @@ mod index;
 mod ingest;
 mod keys;
 mod known;
+mod lazy;
 mod location;
 mod manifest;
 mod pack;
@@ -90,6 +91,7 @@ pub use files::{Linked, link_file};
 pub use frames::{FramesError, MAX_FRAME_BYTES, MAX_FRAMES, MAX_FRAMES_FILE_BYTES, StoredFrame};
 pub use id::{ParseIdError, SnapshotId};
 pub use keys::{KeySlot, Keyring, PassphraseCost, Secret, SecretError};
+pub use lazy::{LazyMemory, LostPage, PageSink};
 pub use location::{AsLocation, Location};
 pub use manifest::{
     Accounting, BaseRecord, Bytes, Capture, CutRecord, DiskRecord, Dropped, FORMAT, FileRecord, Hardware,

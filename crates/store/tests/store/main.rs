@@ -9,6 +9,7 @@ mod faulty;
 mod full_disk;
 mod fuzz;
 mod kept;
+mod lazy;
 #[path = "../../../../testing/mangle.rs"]
 mod mangle;
 mod model;
