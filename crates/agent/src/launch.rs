@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use diorama_api::{ApiError, ErrorKind};
 use diorama_qemu::capability::Qemu;
 use diorama_qemu::command_line::{self, BootSource, Listener, MachineConfig, NicConfig, RamSource, Sockets};
+use diorama_qemu::migration::postcopy::Opening;
 use diorama_qemu::process::{self, Policy, ProcessId, Spawned, set_thread_policy};
 use diorama_qemu::qmp::{Client, QmpError};
 use diorama_switch::{Epoch, NetworkConfig, NetworkId, PortId, Switch};
@@ -23,6 +24,7 @@ use serde_json::{Value, json};
 use crate::Agent;
 use crate::dataplane::{Segment, VCPU_NICE};
 use crate::disks;
+use crate::lazy::{Load, Loading};
 use crate::operation::Operation;
 use crate::problem::{io_error, qmp_error};
 use crate::record::{AcceleratorRecord, BootRecord, DiskRecord, HardwareRecord, ProcessRecord};
@@ -60,14 +62,16 @@ pub(crate) struct MachinePlan {
     pub(crate) hardware: HardwareRecord,
     pub(crate) boot: BootRecord,
     pub(crate) disks: Vec<DiskRecord>,
-    /// The memory to map, and the device state to load; neither for a machine that boots.
+    /// Where its memory and devices come from; nowhere for a machine that boots.
     pub(crate) from: Option<Saved>,
 }
 
 /// A machine's saved state.
-pub(crate) struct Saved {
-    pub(crate) ram: PathBuf,
-    pub(crate) state: Vec<u8>,
+pub(crate) enum Saved {
+    /// The memory to map, and the device state to load.
+    Mapped { ram: PathBuf, state: Vec<u8> },
+    /// The devices' state to load, and who sends the memory: of which machine.
+    Lazy { load: Arc<Load>, machine: usize, opening: Opening },
 }
 
 /// Machines that stand ready.
@@ -245,6 +249,8 @@ impl Launched<'_> {
             vcpu_threads: started.vcpu_threads,
             guest: Arc::default(),
             spawned: Some(started.spawned),
+            given_up: None,
+            loading: started.loading,
         });
         for (port, stream) in ports.into_iter().zip(started.nics) {
             self.agent.plane.call(move |plane| plane.connect(segment, port, stream, false)).map_err(
@@ -335,6 +341,7 @@ struct Started {
     monitor: Client,
     vcpu_threads: Vec<u32>,
     nics: Vec<UnixStream>,
+    loading: Option<Loading>,
 }
 
 /// Kills the process unless it is disarmed.
@@ -404,8 +411,8 @@ fn start(
         nics,
         disks: machine.disks.iter().map(disks::config).collect(),
         ram: match &saved {
-            Some(saved) => RamSource::File { path: saved.ram.clone() },
-            None => RamSource::Anonymous,
+            Some(Saved::Mapped { ram, .. }) => RamSource::File { path: ram.clone() },
+            Some(Saved::Lazy { .. }) | None => RamSource::Anonymous,
         },
         sockets,
         incoming: saved.is_some(),
@@ -422,15 +429,22 @@ fn start(
         .map_err(|error| machine_error(&name, error.to_string()))?;
     let mut spawned = KillOnDrop(Some(spawned));
     let deadline = Instant::now() + START_LIMIT;
-    let connected = || -> Result<(Client, Vec<u32>), QmpError> {
+    let connected = || -> Result<(Client, Vec<u32>, Option<Loading>), QmpError> {
         let mut monitor = Client::connect(&paths.monitor, deadline)?;
-        if let Some(saved) = saved {
-            load(&mut monitor, saved.state, deadline)?;
-        }
+        let loading = match saved {
+            Some(Saved::Mapped { state, .. }) => {
+                load(&mut monitor, state, deadline)?;
+                None
+            }
+            Some(Saved::Lazy { load, machine, opening }) => {
+                Some(load_devices(&mut monitor, &load, machine, &opening, deadline)?)
+            }
+            None => None,
+        };
         let threads = find_vcpu_threads(&mut monitor)?;
-        Ok((monitor, threads))
+        Ok((monitor, threads, loading))
     };
-    let (mut monitor, vcpu_threads) =
+    let (mut monitor, vcpu_threads, loading) =
         connected().map_err(|error| explain(&name, &error, spawned.0.as_mut()))?;
     let nics = nic_sockets.iter().map(|path| connect_nic(path, deadline)).collect::<Result<Vec<_>, _>>()?;
     // The kernel accepts before QEMU does. QEMU 7.2 crashes when the guest sends before its `-netdev stream` has so
@@ -441,7 +455,7 @@ fn start(
             .map_err(|error| qmp_error(&name, &error))?;
     }
     let spawned = spawned.0.take().expect("armed until here");
-    Ok(Started { name, spawned, monitor, vcpu_threads, nics })
+    Ok(Started { name, spawned, monitor, vcpu_threads, nics, loading })
 }
 
 /// A monitor's failure; when QEMU has died, in QEMU's own last words.
@@ -494,6 +508,42 @@ fn load(monitor: &mut Client, state: Vec<u8>, deadline: Instant) -> Result<(), Q
         let fed = feeder.join().expect("writing does not panic");
         loaded.and_then(|()| fed.map_err(io))
     })
+}
+
+/// Feeds a machine its devices' state, and waits until it stands ready: its memory comes as it is wanted.
+fn load_devices(
+    monitor: &mut Client,
+    load: &Arc<Load>,
+    machine: usize,
+    opening: &Opening,
+    deadline: Instant,
+) -> Result<Loading, QmpError> {
+    let io = |source| QmpError::Socket { during: "loading the device state".to_owned(), source };
+    let capabilities = json!({"capabilities": [
+        {"capability": "events", "state": true},
+        {"capability": "postcopy-ram", "state": true},
+    ]});
+    monitor.execute("migrate-set-capabilities", capabilities, COMMAND_LIMIT)?;
+    let (ours, theirs) = UnixStream::pair().map_err(io)?;
+    monitor.send_fd(theirs.as_fd(), "state", COMMAND_LIMIT)?;
+    drop(theirs);
+    monitor.execute("migrate-incoming", json!({"uri": "fd:state"}), COMMAND_LIMIT)?;
+    let loading = load.add(machine, opening, ours).map_err(io)?;
+    if !loading.wait_ready(deadline) {
+        // A QEMU that refuses the state ends, and its own words say why.
+        let left = deadline.saturating_duration_since(Instant::now());
+        monitor.execute("query-status", Value::Null, left.max(NIC_POLL))?;
+        return Err(io(std::io::ErrorKind::TimedOut.into()));
+    }
+    // The devices are loaded; what is left is QEMU's next turn of its main loop.
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let status = monitor.execute("query-status", Value::Null, left.max(NIC_POLL))?;
+        if status["status"] != "inmigrate" {
+            return Ok(loading);
+        }
+        std::thread::sleep(NIC_POLL);
+    }
 }
 
 fn wait_loaded(monitor: &mut Client, deadline: Instant) -> Result<(), QmpError> {

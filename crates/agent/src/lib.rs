@@ -39,6 +39,7 @@ mod http;
 mod images;
 mod keeper;
 mod launch;
+mod lazy;
 mod operation;
 mod pause;
 mod priority;
@@ -188,6 +189,21 @@ impl Agent {
                 format!("environments run: {}", running.join(", ")),
             )
             .hint("stop them with `diorama down --all`, or stop only the agent with `diorama agent stop --force`"));
+        }
+        // A machine that still needs this agent would stand still for ever.
+        let loading: Vec<String> = self
+            .slots
+            .all()
+            .iter()
+            .filter(|slot| slot.state().is_loading())
+            .map(|slot| slot.name.to_string())
+            .collect();
+        if !loading.is_empty() {
+            return Err(ApiError::new(
+                ErrorKind::WrongState,
+                format!("memory of running machines is still being loaded: {}", loading.join(", ")),
+            )
+            .hint("wait until `diorama status` shows no machine as loading, or `diorama down` these first"));
         }
         self.stop.notify_one();
         Ok(Empty {})

@@ -58,6 +58,7 @@ impl Agent {
         operation: &Operation,
     ) -> Result<(), ApiError> {
         let (slot, _guard) = self.slots.enter(name, "pausing", operation)?;
+        self.wait_for_memory(&slot, operation)?;
         let mut record = slot.record_if_up()?;
         let chosen = choose(&record, request)?;
         let states = self.machine_states(&slot, &record);
@@ -109,6 +110,7 @@ impl Agent {
         operation: &Operation,
     ) -> Result<(), ApiError> {
         let (slot, _guard) = self.slots.enter(name, "resuming", operation)?;
+        self.wait_for_memory(&slot, operation)?;
         let mut record = slot.record_if_up()?;
         let states = self.machine_states(&slot, &record);
         let (segment, connections) = connections(&slot)?;

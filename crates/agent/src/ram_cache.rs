@@ -86,6 +86,12 @@ impl RamCache {
         self.folder.join(id.to_string()).is_dir()
     }
 
+    /// Whether the memory of all of a snapshot's machines is here.
+    pub(crate) fn holds_all(&self, stored: &Stored) -> bool {
+        let folder = self.folder.join(stored.id.to_string());
+        stored.manifest.machines.iter().all(|machine| folder.join(&machine.name).is_file())
+    }
+
     /// The folder with the RAM files of a snapshot's wanted machines, loaded from the store (and checked) when it is not here yet.
     /// When memory does not suffice, the store's own files serve.
     pub(crate) fn load(

@@ -12,17 +12,22 @@ use std::time::{Duration, Instant};
 use diorama_api::{
     ApiError, ErrorKind, ForkReport, ForkRequest, MachineReady, RestoreReport, RestoreRequest,
 };
-use diorama_qemu::capability::{KvmState, kvm_usable};
-use diorama_store::{LayerFormat, MachineState, Stored, StoredFrame};
+use diorama_qemu::capability::{BackgroundSnapshot, KvmState, background_snapshot_usable, kvm_usable};
+use diorama_qemu::command_line::RAM_BLOCK;
+use diorama_qemu::migration::postcopy;
+use diorama_qemu::qmp::{Client, QmpError};
+use diorama_store::{LayerFormat, LazyMemory, MachineState, Stored, StoredFrame};
 use diorama_switch::{Epoch, PeerId, PortId, Time};
 use diorama_topology::{Environment, EnvironmentName, MacAddress};
+use serde_json::Value;
 
 use crate::Agent;
 use crate::dataplane::prefer_others;
 use crate::disks::link_and_extend;
-use crate::launch::{LaunchPlan, Launched, MachinePlan, Saved};
+use crate::launch::{COMMAND_LIMIT, LaunchPlan, Launched, MachinePlan, Saved};
+use crate::lazy::{Loading, Pending};
 use crate::operation::Operation;
-use crate::problem::{io_error, store_error};
+use crate::problem::{io_error, qmp_error, store_error};
 use crate::ram_cache::Loaded;
 use crate::record::{
     AcceleratorRecord, BaseRecord, BootRecord, DiskRecord, FormatRecord, HardwareRecord, LayerRecord,
@@ -30,12 +35,24 @@ use crate::record::{
 };
 use crate::slot::{OperationGuard, Slot, environment_name};
 use crate::span::{Joining, PartRequest};
+use crate::takeover::MIGRATION_POLL;
 use crate::up::{disk_folder, now, remove_tree, remove_unreferenced_disks, socket_folder};
 
 /// The most forks that one command makes: beyond this it is a mistake.
 pub(crate) const MAX_FORKS: u32 = 1000;
 /// How many environments are forked side by side.
 const FORKS_AT_ONCE: usize = 4;
+
+/// How often a load is asked how far it is, for somebody who waits for its end.
+const LOAD_POLL: Duration = Duration::from_millis(20);
+
+/// Where machines get their memory from.
+pub(crate) enum Memory {
+    /// Files, to be mapped.
+    Mapped(Loaded),
+    /// The store, while they run; by their places.
+    Lazy { load: Pending, machines: Vec<String> },
+}
 
 /// The machines to launch, and the disks that they get, by machine.
 type Planned = (Vec<MachinePlan>, BTreeMap<String, Vec<DiskRecord>>);
@@ -56,11 +73,15 @@ impl Agent {
             None => stored.manifest.specification.name.clone(),
         };
         if self.cluster().is_some() {
+            refuse_lazy_in_cluster(request.lazy)?;
             return self.restore_in_cluster(name, id, request.elapsed_us, operation);
         }
         let (slot, guard) = self.slots.enter_or_insert(&name, "restoring", operation)?;
-        let loaded = self.load_memory(&stored, |_| true, operation);
-        let result = loaded.and_then(|loaded| self.revive(&slot, &stored, &loaded, None, started, operation));
+        let result = self.find_memory(&stored, request.lazy, operation).and_then(|memory| {
+            let report = self.revive(&slot, &stored, &memory, None, started, operation)?;
+            memory.begin_load();
+            Ok(report)
+        });
         self.clean_up(&slot, result, guard)
     }
 
@@ -70,12 +91,12 @@ impl Agent {
         let id = self.resolve_snapshot(&request.snapshot, request.environment.as_deref())?;
         let stored = self.load_trusted(&id)?;
         if self.cluster().is_some() {
+            refuse_lazy_in_cluster(request.lazy)?;
             return self.fork_in_cluster(id, &stored.manifest.specification.name, request, operation);
         }
         let slots = self.reserve_names(&stored.manifest.specification.name, request, operation)?;
-        let loaded = self.load_memory(&stored, |_| true, operation);
-        let loaded = match loaded {
-            Ok(loaded) => loaded,
+        let memory = match self.find_memory(&stored, request.lazy, operation) {
+            Ok(memory) => memory,
             Err(error) => {
                 for (slot, _guard) in slots {
                     self.slots.remove(&slot.name);
@@ -91,13 +112,13 @@ impl Agent {
             if batch.is_empty() {
                 break;
             }
-            let (stored, loaded) = (&stored, &loaded);
+            let (stored, memory) = (&stored, &memory);
             results.extend(std::thread::scope(|scope| {
                 let forks: Vec<_> = batch
                     .into_iter()
                     .map(|(slot, guard)| {
                         scope.spawn(move || {
-                            let result = self.revive(&slot, stored, loaded, None, started, operation);
+                            let result = self.revive(&slot, stored, memory, None, started, operation);
                             (Arc::clone(&slot), self.clean_up(&slot, result, guard))
                         })
                     })
@@ -123,6 +144,7 @@ impl Agent {
             }
             return Err(first.expect("one of them failed"));
         }
+        memory.begin_load();
         Ok(ForkReport { environments: results.into_iter().filter_map(|(_, result)| result.ok()).collect() })
     }
 
@@ -132,7 +154,7 @@ impl Agent {
         &self,
         slot: &Arc<Slot>,
         stored: &Stored,
-        loaded: &Loaded,
+        memory: &Memory,
         part: Option<&PartRequest>,
         started: Instant,
         operation: &Operation,
@@ -154,7 +176,7 @@ impl Agent {
         operation.step("starting machines");
         let mut yielding = Yielding::new(slot);
         let (plans, disks) =
-            self.plan(slot, stored, loaded, &specification, &disk_folder(&folder, generation))?;
+            self.plan(slot, stored, memory, &specification, &disk_folder(&folder, generation))?;
         let described: Vec<(HardwareRecord, BootRecord)> =
             plans.iter().map(|plan| (plan.hardware.clone(), plan.boot.clone())).collect();
         let mut launched = self.launch(
@@ -232,6 +254,7 @@ impl Agent {
             ready_ms,
             machines: ready,
             in_flight_replayed: frames.len() as u64,
+            lazy: matches!(memory, Memory::Lazy { .. }),
         })
     }
 
@@ -250,6 +273,80 @@ impl Agent {
         result
     }
 
+    /// Where a snapshot's machines get their memory from: the RAM cache, into which it is loaded, or the store, while they
+    /// run.
+    fn find_memory(
+        &self,
+        stored: &Stored,
+        lazy: Option<bool>,
+        operation: &Operation,
+    ) -> Result<Memory, ApiError> {
+        if lazy == Some(true) && !self.cache.holds_all(stored) && self.can_load_lazily(operation)? {
+            operation.step("looking at memory");
+            let machines: Vec<String> =
+                stored.manifest.machines.iter().map(|machine| machine.name.clone()).collect();
+            let names: Vec<&str> = machines.iter().map(String::as_str).collect();
+            let load = LazyMemory::open(&self.store, stored, &names).map_err(store_error)?;
+            return Ok(Memory::Lazy { load: Pending::new(load), machines });
+        }
+        self.load_memory(stored, |_| true, operation).map(Memory::Mapped)
+    }
+
+    /// Whether QEMU may watch what its guests touch; says so if not.
+    fn can_load_lazily(&self, operation: &Operation) -> Result<bool, ApiError> {
+        let qemu = self.hardware.qemu()?;
+        let usable = matches!(
+            background_snapshot_usable(&qemu),
+            BackgroundSnapshot::Usable { .. } | BackgroundSnapshot::NoWriteProtection
+        );
+        if !usable {
+            operation.warn(
+                "machines cannot run before their memory is there, as userfaultfd is not permitted here: all of it is \
+                 loaded first (`diorama doctor` says how to permit it)",
+            );
+        }
+        Ok(usable)
+    }
+
+    /// Waits until all memory of an environment's machines is there, as most of what is done with machines needs.
+    pub(crate) fn wait_for_memory(&self, slot: &Slot, operation: &Operation) -> Result<(), ApiError> {
+        loop {
+            let (mut loaded, mut total, mut incomplete) = (0, 0, false);
+            let machines = slot.state().running.as_ref().map_or(0, |running| running.machines.len());
+            for index in 0..machines {
+                let mut state = slot.state();
+                let Some(machine) =
+                    state.running.as_mut().and_then(|running| running.machines.get_mut(index))
+                else {
+                    continue;
+                };
+                let Some(load) = machine.loading.as_ref().map(Loading::state) else { continue };
+                if let Some(failed) = load.failed {
+                    return Err(ApiError::new(
+                        ErrorKind::WrongState,
+                        format!("machine {}: its memory cannot be loaded: {failed}", machine.name),
+                    )
+                    .hint("`diorama restore` another snapshot, or `diorama down`"));
+                }
+                if load.complete {
+                    if let Some(monitor) = &mut machine.monitor {
+                        wait_load_ended(monitor).map_err(|error| qmp_error(&machine.name, &error))?;
+                    }
+                    machine.loading = None;
+                }
+                incomplete |= !load.complete;
+                loaded += load.loaded_bytes;
+                total += load.total_bytes;
+            }
+            if !incomplete {
+                return Ok(());
+            }
+            operation.check()?;
+            operation.bytes("waiting for memory", loaded, total);
+            std::thread::sleep(LOAD_POLL);
+        }
+    }
+
     /// Brings the memory of some of a snapshot's machines into the RAM cache.
     pub(crate) fn load_memory(
         &self,
@@ -266,7 +363,7 @@ impl Agent {
         &self,
         slot: &Slot,
         stored: &Stored,
-        loaded: &Loaded,
+        memory: &Memory,
         specification: &Environment,
         disk_folder: &Path,
     ) -> Result<Planned, ApiError> {
@@ -289,10 +386,11 @@ impl Agent {
                 hardware: self.stored_hardware(name, &saved.hardware)?,
                 boot: self.stored_boot(slot, saved)?,
                 disks,
-                from: Some(Saved {
-                    ram: loaded.folder.join(name),
-                    state: self.store.read_state(stored, name).map_err(store_error)?,
-                }),
+                from: Some(saved_state(
+                    memory,
+                    saved,
+                    self.store.read_state(stored, name).map_err(store_error)?,
+                )?),
             });
         }
         Ok((plans, all_disks))
@@ -525,6 +623,59 @@ impl Agent {
         }
         Ok(reserved)
     }
+}
+
+impl Memory {
+    /// All machines run: what they have not asked for is loaded as well.
+    fn begin_load(&self) {
+        if let Memory::Lazy { load, .. } = self {
+            load.begin();
+        }
+    }
+}
+
+/// A machine's saved state, as it is launched from.
+fn saved_state(
+    memory: &Memory,
+    machine: &diorama_store::MachineRecord,
+    state: Vec<u8>,
+) -> Result<Saved, ApiError> {
+    match memory {
+        Memory::Mapped(loaded) => Ok(Saved::Mapped { ram: loaded.folder.join(&machine.name), state }),
+        Memory::Lazy { load, machines } => {
+            let corrupt = |what: String| {
+                ApiError::new(ErrorKind::Corrupt, format!("the device state of {}: {what}", machine.name))
+            };
+            let opening = postcopy::opening(&state, RAM_BLOCK, machine.hardware.memory_bytes)
+                .map_err(|error| corrupt(error.to_string()))?;
+            let place = machines.iter().position(|name| *name == machine.name);
+            let place = place.ok_or_else(|| corrupt("the machine is not in the manifest".to_owned()))?;
+            Ok(Saved::Lazy { load: Arc::clone(load.load()), machine: place, opening })
+        }
+    }
+}
+
+/// QEMU says that it has all memory a moment before it takes a new migration.
+fn wait_load_ended(monitor: &mut Client) -> Result<(), QmpError> {
+    let deadline = Instant::now() + COMMAND_LIMIT;
+    loop {
+        let answer = monitor.execute("query-migrate", Value::Null, COMMAND_LIMIT)?;
+        if answer["status"] != "postcopy-active" || Instant::now() > deadline {
+            return Ok(());
+        }
+        std::thread::sleep(MIGRATION_POLL);
+    }
+}
+
+fn refuse_lazy_in_cluster(lazy: Option<bool>) -> Result<(), ApiError> {
+    if lazy != Some(true) {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorKind::Unsupported,
+        "in a cluster machines cannot run before their memory is there",
+    )
+    .hint("leave out `--lazy`"))
 }
 
 /// While it lives, an environment's machines run only when nothing else wants to: others are about to take their place.

@@ -18,6 +18,7 @@ use diorama_topology::EnvironmentName;
 
 use crate::dataplane::SegmentId;
 use crate::guest::GuestChannel;
+use crate::lazy::Loading;
 use crate::operation::Operation;
 use crate::record::{Phase, Record};
 use crate::snapshot::PartWorker;
@@ -80,6 +81,10 @@ pub(crate) struct RunningMachine {
     pub(crate) guest: Arc<GuestChannel>,
     /// The process, when this agent started it: to be reaped.
     pub(crate) spawned: Option<Spawned>,
+    /// Why it was ended at a takeover.
+    pub(crate) given_up: Option<String>,
+    /// While its memory is on its way; `None` once somebody has seen that all of it is there.
+    pub(crate) loading: Option<Loading>,
 }
 
 /// Holds a slot's operation; dropping it ends the operation.
@@ -273,6 +278,12 @@ impl Slot {
 }
 
 impl State {
+    /// Whether a machine's memory is still on its way, or will never all be there.
+    pub(crate) fn is_loading(&self) -> bool {
+        let machines = self.running.iter().flat_map(|running| &running.machines);
+        machines.filter_map(|machine| machine.loading.as_ref()).any(|loading| !loading.state().complete)
+    }
+
     /// The running machine of that name.
     pub(crate) fn machine(&mut self, name: &str) -> Option<&mut RunningMachine> {
         self.running.as_mut()?.machines.iter_mut().find(|machine| machine.name == name)

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use diorama_api::{
-    ApiError, DiskStatus, EnvironmentState, EnvironmentStatus, MachineState, MachineStatus, NetworkStatus,
-    NicStatus,
+    ApiError, DiskStatus, EnvironmentState, EnvironmentStatus, MachineLoading, MachineState, MachineStatus,
+    NetworkStatus, NicStatus,
 };
 use diorama_qemu::process::{ProcessId, log_tail};
 use diorama_qemu::qmp::QmpError;
@@ -128,6 +128,7 @@ impl Agent {
                     accelerator: up.map_or("none", |machine| machine.hardware.accelerator.name()).to_owned(),
                     nics: nics(spec, ports.get(index)),
                     disks: disks(&record, spec.name.as_str()),
+                    loading: loading(slot, spec.name.as_str()),
                 }
             })
             .collect();
@@ -178,10 +179,30 @@ fn machine_state(
         if let Some(spawned) = &mut machine.spawned {
             spawned.reap();
         }
+        if let Some(given_up) = &machine.given_up {
+            return (MachineState::Dead, Some(given_up.clone()));
+        }
         let last = log_tail(log);
         let reason = if last.is_empty() { "its QEMU process ended".to_owned() } else { last };
         return (MachineState::Dead, Some(reason));
     }
+    if let Some(loading) = &machine.loading {
+        // Its main loop may wait for memory, so that it cannot be asked.
+        let state = loading.state();
+        if let Some(failed) = state.failed {
+            let reason = format!("its memory cannot be loaded: {failed}");
+            return (MachineState::Crashed, Some(reason));
+        }
+        if !state.complete {
+            let is = match record.rest {
+                Some(Rest::Paused) => MachineState::Paused,
+                Some(Rest::Shutdown) => MachineState::Shutdown,
+                None => MachineState::Running,
+            };
+            return (is, state.waits_for.map(|what| format!("it waits for memory: {what}")));
+        }
+    }
+    machine.loading = machine.loading.take().filter(|loading| !loading.state().complete);
     let Some(monitor) = &mut machine.monitor else {
         return (MachineState::Dead, Some("its QEMU does not answer any more".to_owned()));
     };
@@ -212,6 +233,15 @@ fn machine_state(
         }
         _ => (MachineState::Running, None),
     }
+}
+
+fn loading(slot: &Slot, machine: &str) -> Option<MachineLoading> {
+    let state = slot.state().machine(machine)?.loading.as_ref()?.state();
+    (!state.complete).then_some(MachineLoading {
+        loaded_bytes: state.loaded_bytes,
+        total_bytes: state.total_bytes,
+        waits_for: state.waits_for,
+    })
 }
 
 fn nics(spec: &diorama_topology::Machine, ports: Option<&Vec<PortStatus>>) -> Vec<NicStatus> {

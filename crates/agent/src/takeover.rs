@@ -154,10 +154,18 @@ impl Agent {
             for (index, ports) in ports.into_iter().enumerate() {
                 let name = record.specification.machines[index].name.to_string();
                 let taken = self.take_machine(slot, &mut record, index, segment, &ports);
+                let mut given_up = None;
                 let (monitor, vcpu_threads) = match taken {
                     Ok((monitor, threads)) => (Some(monitor), threads),
                     Err(error) => {
                         tracing::warn!(environment = %slot.name, machine = name, %error, "a machine is gone");
+                        if let TakeError::Unloaded = error {
+                            given_up = Some(error.to_string());
+                            let process = ProcessId::from(record.machines[index].process);
+                            if let Err(error) = process.kill() {
+                                tracing::error!(%error, "it cannot be killed");
+                            }
+                        }
                         (None, Vec::new())
                     }
                 };
@@ -168,6 +176,8 @@ impl Agent {
                     vcpu_threads,
                     guest: Arc::default(),
                     spawned: None,
+                    given_up,
+                    loading: None,
                 });
             }
             remove_other_generations(&slot.runtime_folder(&self.folders), record.generation);
@@ -197,6 +207,7 @@ impl Agent {
         let deadline = Instant::now() + ANSWER_LIMIT;
         let mut monitor = Client::connect(&SocketPaths::new(&sockets, index).monitor, deadline)?;
         wait_for_capture(&mut monitor)?;
+        refuse_unloaded(&mut monitor)?;
         let status = monitor.execute("query-status", Value::Null, COMMAND_LIMIT)?;
         // A machine that is off takes no frames: QEMU has stopped reading, and does not see that its peer has gone.
         let off = machine.rest == Some(crate::record::Rest::Shutdown) || status["status"] == "shutdown";
@@ -277,6 +288,17 @@ fn wait_for_capture(monitor: &mut Client) -> Result<(), QmpError> {
     Ok(())
 }
 
+/// A machine that was restored lazily, and whose agent died before all of its memory was there, cannot go on.
+fn refuse_unloaded(monitor: &mut Client) -> Result<(), TakeError> {
+    let answer = monitor.execute("query-migrate", Value::Null, COMMAND_LIMIT)?;
+    match answer["status"].as_str() {
+        Some("postcopy-active" | "postcopy-paused" | "postcopy-recover" | "failed") => {
+            Err(TakeError::Unloaded)
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Whether QEMU still works on a migration.
 pub(crate) fn migration_runs(monitor: &mut Client) -> Result<bool, QmpError> {
     let answer = monitor.execute("query-migrate", Value::Null, COMMAND_LIMIT)?;
@@ -303,6 +325,8 @@ enum TakeError {
     Dead,
     #[error(transparent)]
     Monitor(#[from] QmpError),
+    #[error("its memory was still being loaded when the agent ended")]
+    Unloaded,
     #[error("its network port cannot be connected: {source}")]
     Port { source: std::io::Error },
 }

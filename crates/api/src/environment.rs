@@ -125,6 +125,20 @@ pub struct MachineStatus {
     pub nics: Vec<NicStatus>,
     /// Its disks.
     pub disks: Vec<DiskStatus>,
+    /// How much of its memory is there, while it is still being loaded; null otherwise.
+    #[serde(default)]
+    pub loading: Option<MachineLoading>,
+}
+
+/// A machine that runs while its memory is being loaded (`restore --lazy`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineLoading {
+    /// What is there; pages of zeros do not count.
+    pub loaded_bytes: u64,
+    /// What there is.
+    pub total_bytes: u64,
+    /// What the load waits for, when the store does not give what it is asked for.
+    pub waits_for: Option<String>,
 }
 
 /// One network interface and its port's counters.

@@ -352,6 +352,9 @@ pub struct DiskDiff {
 pub struct RestoreRequest {
     /// Name, id or unique beginning of an id.
     pub snapshot: String,
+    /// Let machines run before their memory is there; null: where that wins.
+    #[serde(default)]
+    pub lazy: Option<bool>,
     /// How long the client has run before it sent this, in microseconds (for `ready_ms`).
     #[serde(default)]
     pub elapsed_us: u64,
@@ -370,6 +373,9 @@ pub struct RestoreReport {
     pub machines: Vec<MachineReady>,
     /// Frames in flight that were delivered again.
     pub in_flight_replayed: u64,
+    /// Whether the machines run while their memory is still being loaded.
+    #[serde(default)]
+    pub lazy: bool,
 }
 
 /// When one machine ran.
@@ -395,6 +401,9 @@ pub struct ForkRequest {
     /// The new name; with several, `NAME-1` and so on.
     #[serde(default)]
     pub name: Option<String>,
+    /// As for [`RestoreRequest`].
+    #[serde(default)]
+    pub lazy: Option<bool>,
     /// How long the client has run before it sent this, in microseconds (for `ready_ms`).
     #[serde(default)]
     pub elapsed_us: u64,

@@ -133,6 +133,7 @@ impl Agent {
         let started = Instant::now();
         let (slot, _guard) = self.slots.enter(environment, "a snapshot", operation)?;
         let record = slot.record_if_up()?;
+        self.wait_for_memory(&slot, operation)?;
         let states = self.machine_states(&slot, &record);
         refuse_broken(&record, &states)?;
         let name = self.choose_name(environment, request.name)?;

@@ -445,6 +445,8 @@ fn fill(plan: &Plan, keeper: Option<&Keeper>, prepared: &mut Prepared) -> Result
     prepared.powered_off = status["status"] == "shutdown";
     let capabilities = json!({"capabilities": [
         {"capability": "events", "state": true},
+        // On since it was restored lazily, if it was; the two exclude one another.
+        {"capability": "postcopy-ram", "state": false},
         {"capability": "background-snapshot", "state": live},
     ]});
     match monitor.execute("migrate-set-capabilities", capabilities, COMMAND_LIMIT) {

@@ -283,6 +283,7 @@ impl Agent {
             ready_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
             in_flight_replayed: reports.iter().map(|report| report.in_flight_replayed).sum(),
             machines: reports.into_iter().flat_map(|report| report.machines).collect(),
+            lazy: false,
         })
     }
 
@@ -670,6 +671,7 @@ fn merge(
                     })
                     .collect(),
                 disks: Vec::new(),
+                loading: None,
             }
         })
         .collect();

@@ -27,6 +27,7 @@ use crate::dataplane::{SegmentId, Span};
 use crate::operation::Operation;
 use crate::priority::schedule_this_thread;
 use crate::record::{Doubt, Phase, SpanRecord};
+use crate::restore::Memory;
 use crate::slot::{Slot, environment_name};
 use crate::snapshot::{PartWorker, Post, wall_clock_us};
 use crate::user_files::UserFile;
@@ -180,9 +181,10 @@ impl Agent {
         let (slot, guard) = self.slots.enter_or_insert(name, "restoring", operation)?;
         let part = request.span.part();
         let wanted = |machine: &str| part.machine(machine).is_some();
-        let loaded = self.load_memory(&stored, wanted, operation);
-        let result =
-            loaded.and_then(|loaded| self.revive(&slot, &stored, &loaded, Some(request), started, operation));
+        let result = self.load_memory(&stored, wanted, operation).and_then(|loaded| {
+            let memory = Memory::Mapped(loaded);
+            self.revive(&slot, &stored, &memory, Some(request), started, operation)
+        });
         let report = self.clean_up(&slot, result, guard)?;
         Ok(PartReport { machines: report.machines, in_flight_replayed: report.in_flight_replayed })
     }

@@ -16,17 +16,44 @@ use crate::session::Session;
 /// Every machine's memory, devices and disks become what they were at the cut, the frames that were in flight are
 /// delivered again, and all machines run on together. What has happened since is lost, unless it is in a snapshot. An
 /// environment that is down is brought up. Without `--environment` it is the one that the snapshot was taken of.
+///
+/// With `--lazy` machines run at once, and their memory comes from the store as they touch it, and by itself: sooner to a
+/// first answer where the store is far away or slow, and slower until all is there (`diorama status` says how far it is).
+/// Until then the machines need this agent and the store. Memory that is in the cache is not loaded at all.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:
   diorama restore before-upgrade
   diorama restore 3f9a               any unique beginning of an id
   diorama restore base -e scratch    make the environment `scratch` what the snapshot `base` holds
+  diorama restore base --lazy        from a bucket far away: run at once, load meanwhile
   diorama restore base --json | jq .ready_ms")]
 pub struct Arguments {
     /// Its name, its id, or a unique beginning of its id
     #[arg(value_parser = not_empty, add = completion::snapshots())]
     snapshot: String,
+
+    #[command(flatten)]
+    memory: MemoryArguments,
+}
+
+/// When machines run, for `restore` and `fork`.
+#[derive(Debug, Args)]
+pub struct MemoryArguments {
+    /// Let machines run before their memory is there
+    #[arg(long, conflicts_with = "eager")]
+    lazy: bool,
+
+    /// Load all memory first (the default)
+    #[arg(long)]
+    eager: bool,
+}
+
+impl MemoryArguments {
+    /// What was asked for, if anything.
+    pub fn lazy(&self) -> Option<bool> {
+        (self.lazy || self.eager).then_some(self.lazy)
+    }
 }
 
 /// Restores.
@@ -60,6 +87,9 @@ pub fn describe(report: &RestoreReport) -> String {
     if report.in_flight_replayed > 0 {
         text.push_str(&format!(", {} in flight delivered", count(report.in_flight_replayed, "frame")));
     }
+    if report.lazy {
+        text.push_str("; memory is being loaded (`diorama status`)");
+    }
     text.push('\n');
     text
 }
@@ -70,6 +100,10 @@ async fn restore(
     session: &Session<'_>,
 ) -> Result<RestoreReport, ClientError> {
     let mut progress = session.operation();
-    let request = RestoreRequest { snapshot: arguments.snapshot.clone(), elapsed_us: session.elapsed_us() };
+    let request = RestoreRequest {
+        snapshot: arguments.snapshot.clone(),
+        lazy: arguments.memory.lazy(),
+        elapsed_us: session.elapsed_us(),
+    };
     session.client().restore(environment, &request, |notice| progress.show(notice)).await
 }

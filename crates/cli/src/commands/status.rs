@@ -166,7 +166,14 @@ fn state(machine: &MachineStatus) -> Cell {
         MachineState::Dead => ("dead", Color::Red),
         MachineState::Lost => ("lost", Color::Red),
     };
-    Cell::new(text).fg(colour)
+    match &machine.loading {
+        // Rounded down: 100% is when it is done.
+        Some(loading) if colour == Color::Green => {
+            let percent = loading.loaded_bytes * 100 / loading.total_bytes.max(1);
+            Cell::new(format!("{text}, loading {}%", percent.min(99))).fg(Color::Yellow)
+        }
+        _ => Cell::new(text).fg(colour),
+    }
 }
 
 fn traffic(frames: u64, size: u64) -> String {

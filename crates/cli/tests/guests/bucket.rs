@@ -19,7 +19,8 @@ networks:
 
 const VARIABLES: [&str; 4] = ["AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"];
 
-fn lab(server: &Server) -> Lab {
+/// A lab whose store is a bucket.
+pub fn lab(server: &Server) -> Lab {
     let mut lab = Lab::new();
     lab.set("DIORAMA_STORE", &format!("s3://{BUCKET}/{}/lab", std::process::id()));
     for name in VARIABLES {

@@ -16,6 +16,7 @@ mod faults;
 mod hosts;
 mod interrupts;
 mod lab;
+mod lazy;
 mod life;
 mod resting;
 #[path = "../../../../testing/s3_server.rs"]
