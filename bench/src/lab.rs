@@ -65,6 +65,8 @@ pub(crate) struct Lab {
     runtime: TempDir,
     /// The network namespace that it is in, and the store that it shares with other hosts.
     host: Option<(String, PathBuf)>,
+    /// Of every command, and of the agent.
+    variables: Vec<(String, String)>,
 }
 
 impl Lab {
@@ -76,7 +78,15 @@ impl Lab {
             // On tmpfs, as the default is: or restored machines cannot be snapshotted live.
             runtime: folder(Path::new("/dev/shm"))?,
             host: None,
+            variables: Vec::new(),
         })
+    }
+
+    /// The same with variables of its own.
+    pub(crate) fn with(variables: Vec<(String, String)>) -> Result<Self, Failure> {
+        let mut lab = Self::new()?;
+        lab.variables = variables;
+        Ok(lab)
     }
 
     /// The same as a host of several: in a network namespace, with a store that all share.
@@ -156,6 +166,7 @@ impl Lab {
             .env("DIORAMA_HOME", self.home.path())
             .env("DIORAMA_RUNTIME_DIR", self.runtime.path())
             .env_remove("DIORAMA_ENVIRONMENT")
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .current_dir(self.home.path())
             .output()
             .map_err(Failure::io(format!("cannot run {}", self.binary.display())))

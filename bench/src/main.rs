@@ -6,7 +6,7 @@
 //! | [`load`] | four machines, and the traffic in them |
 //! | [`standstill`] | when programs in guests are seen at work, from outside |
 //! | [`figures`] | medians, maxima, tables |
-//! | [`snapshot`], [`consistency`], [`restore`], [`store`], [`collection`], [`idle`], [`switch`], [`protect`], [`cluster`], [`tunnel`] | one benchmark each |
+//! | [`snapshot`], [`consistency`], [`restore`], [`lazy`], [`store`], [`collection`], [`idle`], [`switch`], [`protect`], [`cluster`], [`tunnel`] | one benchmark each |
 //!
 //! Standard output carries tables, or with `--json` one JSON document; what is being done goes to standard error.
 //! Exit status: 0 measured (figures are not judged), 1 failed, or the consistency that snapshots promise is broken.
@@ -18,9 +18,16 @@ mod failure;
 mod figures;
 mod idle;
 mod lab;
+mod lazy;
 mod load;
 mod protect;
 mod restore;
+#[allow(dead_code, reason = "as tests need it")]
+#[path = "../../testing/s3_server.rs"]
+mod s3_server;
+#[allow(dead_code, reason = "as tests need it")]
+#[path = "../../testing/scratch.rs"]
+mod scratch;
 mod snapshot;
 mod standstill;
 mod store;
@@ -67,6 +74,8 @@ enum Benchmark {
     Consistency(consistency::Arguments),
     /// From the command to running machines: restore and fork, and what an idle fork takes
     Restore(restore::Arguments),
+    /// Restores that load memory first, against those that load it while machines run: from a folder, from a bucket
+    Lazy(lazy::Arguments),
     /// What snapshots take in the store, and how fast they go in and come out
     Store(store::Arguments),
     /// What collecting takes of time and memory with many snapshots and chunks
@@ -119,6 +128,7 @@ fn run(arguments: Arguments) -> Result<Vec<String>, Failure> {
         Benchmark::Snapshot(arguments) => vec![snapshot::run(&arguments, common)?],
         Benchmark::Consistency(arguments) => vec![consistency::run(&arguments, common)?],
         Benchmark::Restore(arguments) => vec![restore::run(&arguments, common)?],
+        Benchmark::Lazy(arguments) => vec![lazy::run(&arguments, common)?],
         Benchmark::Store(arguments) => vec![store::run(&arguments, common)?],
         Benchmark::Collection(arguments) => vec![collection::run(&arguments, common)?],
         Benchmark::Idle(arguments) => vec![idle::run(&arguments, common)?],

@@ -161,7 +161,7 @@ fn memory_of(lab: &Lab, environments: &[&str]) -> Result<MemoryRow, Failure> {
 }
 
 /// Snapshots' memory is then loaded from the store, and checked, again. The kernel's cache of the disk stays.
-fn empty_ram_cache(lab: &Lab) -> Result<(), Failure> {
+pub(crate) fn empty_ram_cache(lab: &Lab) -> Result<(), Failure> {
     let folder = lab.runtime().join("ram");
     let entries = fs::read_dir(&folder).map_err(Failure::io(format!("cannot read {}", folder.display())))?;
     for entry in entries.flatten() {
