@@ -327,8 +327,8 @@ impl Load {
         }
         let mut work = lock(&self.work);
         work.demanded = Some(Instant::now());
-        // A group that is being read already is on its way.
-        if !work.done[group] && !work.reading.contains(&group) && !work.demands.contains(&group) {
+        // Also when it is being read: perhaps that began before this machine was there. It waits until then.
+        if !work.done[group] && !work.demands.contains(&group) {
             work.demands.push_back(group);
             self.wake.notify_one();
         }
@@ -383,10 +383,10 @@ impl Load {
             if work.ended {
                 return None;
             }
-            while let Some(group) = work.demands.pop_front() {
-                if work.done[group] || work.reading.contains(&group) {
-                    continue;
-                }
+            let Work { demands, done, reading, .. } = &mut *work;
+            demands.retain(|group| !done[*group]);
+            let next = demands.iter().position(|group| !reading.contains(group));
+            if let Some(group) = next.and_then(|at| demands.remove(at)) {
                 work.urgent += 1;
                 work.silent_since.get_or_insert_with(Instant::now);
                 return Some(self.claim(&mut work, group, DEMAND_BYTES, true));

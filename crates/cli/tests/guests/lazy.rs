@@ -187,7 +187,9 @@ fn an_agent_that_dies_while_it_loads_loses_machines_and_nothing_else() {
     crate::lab::wait_for_end(agent);
     assert_eq!(lab.states("pair"), ["dead"; 2], "{}", lab.agent_log());
     let status = lab.run(&["-e", "pair", "status"]).stdout;
-    assert!(status.contains("still being loaded"), "{status}");
+    // A QEMU whose own main loop waits for a page cannot even say that.
+    let said = ["still being loaded", "does not answer any more"];
+    assert!(said.iter().any(|said| status.contains(said)), "{status}");
     lab.ok(&["restore", "base", "--lazy"]);
     assert_eq!(sum(&lab, "pair", "client"), expected);
     wait_loaded(&lab, "pair");
