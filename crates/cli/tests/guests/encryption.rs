@@ -122,6 +122,8 @@ fn an_environment_in_an_encrypted_store() {
     lab.set("DIORAMA_STORE_KEY_FILE", &file);
     lab.ok(&["store", "init", "--encrypt"]);
     lab.up(PAIR);
+    // It is pinged after the restore, and may not have booted yet.
+    lab.shell("pair", "server", "true");
     lab.shell("pair", "client", "echo before-the-flood > /tmp/mark");
     lab.snapshot("pair", &["kept"]);
     lab.verify("kept");
