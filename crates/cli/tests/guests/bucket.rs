@@ -84,6 +84,8 @@ fn another_computer_restores_from_the_bucket_alone() {
     let store = checks.iter().find(|check| check["name"] == "snapshot store").unwrap();
     assert_eq!(store["status"], "ok", "{store}");
     one.up(PAIR);
+    // It is pinged, and may not have booted yet.
+    one.shell("pair", "server", "true");
     one.shell("pair", "client", "echo before > /tmp/mark; sync");
     one.shell("pair", "client", "ping -c 2 -W 5 10.0.0.1");
     let snapshot = one.snapshot("pair", &["kept"]);
