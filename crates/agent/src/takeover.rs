@@ -291,12 +291,19 @@ fn wait_for_capture(monitor: &mut Client) -> Result<(), QmpError> {
 /// A machine that was restored lazily, and whose agent died before all of its memory was there, cannot go on.
 fn refuse_unloaded(monitor: &mut Client) -> Result<(), TakeError> {
     let answer = monitor.execute("query-migrate", Value::Null, COMMAND_LIMIT)?;
-    match answer["status"].as_str() {
-        Some("postcopy-active" | "postcopy-paused" | "postcopy-recover" | "failed") => {
-            Err(TakeError::Unloaded)
-        }
-        _ => Ok(()),
-    }
+    let unloaded = match answer["status"].as_str() {
+        Some("postcopy-active" | "postcopy-paused" | "postcopy-recover") => true,
+        // The same is said of a capture that has failed, which harms no machine: that has put the capability out.
+        Some("failed") => has_postcopy(monitor)?,
+        _ => false,
+    };
+    if unloaded { Err(TakeError::Unloaded) } else { Ok(()) }
+}
+
+fn has_postcopy(monitor: &mut Client) -> Result<bool, QmpError> {
+    let answer = monitor.execute("query-migrate-capabilities", Value::Null, COMMAND_LIMIT)?;
+    let mut all = answer.as_array().into_iter().flatten();
+    Ok(all.any(|one| one["capability"] == "postcopy-ram" && one["state"] == true))
 }
 
 /// Whether QEMU still works on a migration.

@@ -37,6 +37,29 @@ fn no_usable_qemu() {
     lab.finish();
 }
 
+/// What has become of a capture whose agent died says nothing of its machine.
+#[test]
+fn an_agent_killed_within_a_capture_by_precopy_loses_no_machine() {
+    let mut lab = Lab::new();
+    let failpoint = lab.folder().join("failpoint");
+    lab.set("DIORAMA_FAILPOINT", failpoint.to_str().unwrap());
+    lab.up("name: one\nmachines:\n  only: {image: micro, memory: 96MiB}\n");
+    lab.shell("one", "only", "echo here > /tmp/here");
+    std::fs::write(&failpoint, "kill cut saving").unwrap();
+    let agent = lab.agent_pid();
+    let command = lab.begin(&["snapshot", "create", "lost", "--capture", "precopy"]);
+    let lost = ran(command.wait_with_output().unwrap());
+    assert!(failpoint.with_extension("reached").exists(), "{lost:?}");
+    assert_ne!(lost.status, Some(0));
+    lab::wait_for_end(agent);
+    assert_eq!(lab.states("one"), ["running"], "{}", lab.agent_log());
+    lab.assert_nothing_partial();
+    assert_eq!(lab.shell("one", "only", "cat /tmp/here"), "here\n");
+    lab.snapshot("one", &["whole"]);
+    lab.verify("whole");
+    lab.finish();
+}
+
 #[test]
 fn a_machine_killed_within_a_snapshot() {
     let lab = Lab::new();
