@@ -49,10 +49,7 @@ struct Report {
 /// Measures.
 pub(crate) fn run(arguments: &Arguments, common: &Common) -> Result<Outcome, Failure> {
     let snapshots = if common.quick { arguments.snapshots / 20 } else { arguments.snapshots };
-    let folder = tempfile::Builder::new()
-        .prefix("dio-bench-")
-        .tempdir_in("/dev/shm")
-        .map_err(Failure::io("cannot make a folder in /dev/shm"))?;
+    let folder = lab::folder(Path::new("/dev/shm"))?;
     let path = folder.path().join("store");
     say(format!("collection: {snapshots} snapshots with {} new pages each", arguments.new_pages));
     let started = Instant::now();

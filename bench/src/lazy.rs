@@ -9,8 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use diorama_api::{EnvironmentStatus, RestoreReport, SnapshotReport};
-use serde::{Deserialize, Serialize};
+use diorama_api::{RestoreReport, SnapshotReport};
+use serde::Serialize;
 
 use crate::Common;
 use crate::failure::Failure;
@@ -146,13 +146,7 @@ fn restores(lab: &Lab, from: &str, snapshot: &str, count: u32) -> Result<Vec<Row
 }
 
 fn is_loading(lab: &Lab) -> Result<bool, Failure> {
-    #[derive(Deserialize)]
-    struct Status {
-        environments: Vec<EnvironmentStatus>,
-    }
-    let status: Status = lab.run(&["-e", ENVIRONMENT, "status"])?;
-    let mut machines = status.environments.iter().flat_map(|environment| &environment.machines);
-    Ok(machines.any(|machine| machine.loading.is_some()))
+    Ok(load::machines(lab, ENVIRONMENT)?.iter().any(|machine| machine.loading.is_some()))
 }
 
 fn name(lazy: bool) -> &'static str {

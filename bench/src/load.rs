@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use diorama_api::EnvironmentStatus;
+use diorama_api::{EnvironmentStatus, MachineStatus};
 use serde::Deserialize;
 
 use crate::failure::Failure;
@@ -70,13 +70,17 @@ pub(crate) fn cores_used(lab: &Lab, name: &str) -> Result<f64, Failure> {
 
 /// The QEMU processes.
 pub(crate) fn pids(lab: &Lab, name: &str) -> Result<Vec<u32>, Failure> {
+    Ok(machines(lab, name)?.iter().filter_map(|machine| machine.pid).collect())
+}
+
+/// The machines, as `status` has them.
+pub(crate) fn machines(lab: &Lab, name: &str) -> Result<Vec<MachineStatus>, Failure> {
     #[derive(Deserialize)]
     struct Status {
         environments: Vec<EnvironmentStatus>,
     }
     let status: Status = lab.run(&["-e", name, "status"])?;
-    let machines = status.environments.iter().flat_map(|environment| &environment.machines);
-    Ok(machines.filter_map(|machine| machine.pid).collect())
+    Ok(status.environments.into_iter().flat_map(|environment| environment.machines).collect())
 }
 
 /// What one program in a guest says of itself. Fields that it does not have are 0.

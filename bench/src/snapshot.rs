@@ -110,10 +110,7 @@ fn measure(
     Ok(captures
         .iter()
         .zip(&taken)
-        .map(|(capture, (reports, standstills))| Row {
-            standstill_ms: standstills.summary(),
-            ..row(load, memory, cores_used, capture, reports)
-        })
+        .map(|(capture, taken)| row(load, memory, cores_used, capture, taken))
         .collect())
 }
 
@@ -122,7 +119,7 @@ fn row(
     memory: &'static str,
     cores_used: f64,
     capture: &'static str,
-    reports: &[SnapshotReport],
+    (reports, standstills): &(Vec<SnapshotReport>, Sample),
 ) -> Row {
     let machines = || reports.iter().flat_map(|report| &report.machines);
     let sample = |values: &mut dyn Iterator<Item = u64>| values.map(|value| value as f64).collect::<Sample>();
@@ -138,7 +135,7 @@ fn row(
         stall_beyond_pause_us: beyond.summary(),
         skew_us: sample(&mut reports.iter().map(|report| report.cut.skew_us)).summary(),
         create_ms: sample(&mut reports.iter().map(|report| report.create_ms)).summary(),
-        standstill_ms: Sample::default().summary(),
+        standstill_ms: standstills.summary(),
         in_flight: reports.iter().map(|report| report.frames.in_flight).sum(),
         unaccounted: reports.iter().map(|report| report.frames.unaccounted.abs()).sum(),
         drain_incomplete: machines().map(|machine| u32::from(machine.drain_incomplete)).sum(),

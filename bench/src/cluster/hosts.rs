@@ -46,10 +46,7 @@ impl Hosts {
     /// Makes the namespaces, and a cluster of the agents in them.
     pub(super) fn new() -> Result<Self, Failure> {
         need_root("a cluster of network namespaces")?;
-        let folder = tempfile::Builder::new()
-            .prefix("dio-bench-")
-            .tempdir()
-            .map_err(Failure::io("cannot make a folder"))?;
+        let folder = lab::folder(&std::env::temp_dir())?;
         let mut hosts = Self { labs: Vec::new(), etcd: None, namespaces: Vec::new(), folder };
         hosts.build()?;
         Ok(hosts)

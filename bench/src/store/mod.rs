@@ -217,11 +217,9 @@ fn one(target: &Path, options: &OpenOptions, manifest: &Manifest, folder: &Path)
 }
 
 /// How long a process that has just opened a store of so many snapshots takes to list them.
-fn list(template: &Manifest, count: usize) -> Result<f64, StoreError> {
+fn list(template: &Manifest, count: usize) -> Result<f64, Failure> {
     say(format!("store: listing {count} snapshots"));
-    let folder = tempfile::Builder::new().prefix("dio-bench-").tempdir_in("/dev/shm").map_err(|source| {
-        StoreError::Io { action: "create a folder in", path: PathBuf::from("/dev/shm"), source }
-    })?;
+    let folder = lab::folder(Path::new("/dev/shm"))?;
     let store = Store::open(folder.path())?;
     for number in 0..count {
         let writer = store.begin()?;

@@ -2,7 +2,6 @@
 //! variable that repeats it.
 
 use std::collections::{BTreeMap, HashSet};
-use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
@@ -14,7 +13,6 @@ use proptest::collection::{btree_map, vec};
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::Index;
-use proptest::test_runner::RngSeed;
 
 #[path = "../../../testing/mangle.rs"]
 mod mangle;
@@ -91,21 +89,8 @@ fn a_few_bytes_that_mean_many_are_refused() {
     }
 }
 
-/// Proptest prints no seed by itself: choose it here, unless the caller has.
-fn seeded() -> ProptestConfig {
-    let mut config = ProptestConfig::with_cases(512);
-    config.failure_persistence = None;
-    if let RngSeed::Random = config.rng_seed {
-        config.rng_seed = RngSeed::Fixed(RandomState::new().hash_one("seed"));
-    }
-    if let RngSeed::Fixed(seed) = config.rng_seed {
-        println!("PROPTEST_RNG_SEED={seed}");
-    }
-    config
-}
-
 proptest! {
-    #![proptest_config(seeded())]
+    #![proptest_config(mangle::config(512))]
 
     #[test]
     fn any_bytes(bytes in vec(any::<u8>(), 0..300)) {

@@ -232,25 +232,27 @@ fn classify(mut value: Value) -> Message {
     Message::Unknown(value)
 }
 
+/// What a QEMU says, for tests.
+#[cfg(test)]
+pub(crate) const SESSION: &str = concat!(
+    r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "x"}, "capabilities": ["oob"]}}"#,
+    "\r\n",
+    r#"{"return": {}, "id": 1}"#,
+    "\r\n",
+    r#"{"timestamp": {"seconds": 5, "microseconds": 7}, "event": "STOP"}"#,
+    "\r\n",
+    r#"{"id": 2, "error": {"class": "GenericError", "desc": "no"}}"#,
+    "\r\n",
+    r#"{"timestamp": {"seconds": 5, "microseconds": 8}, "event": "NEW_ONE", "data": {"a": [1]}}"#,
+    "\r\n",
+    r#"{"surprise": true}"#,
+    "\r\n",
+);
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-
-    const SESSION: &str = concat!(
-        r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "x"}, "capabilities": ["oob"]}}"#,
-        "\r\n",
-        r#"{"return": {}, "id": 1}"#,
-        "\r\n",
-        r#"{"timestamp": {"seconds": 5, "microseconds": 7}, "event": "STOP"}"#,
-        "\r\n",
-        r#"{"id": 2, "error": {"class": "GenericError", "desc": "no"}}"#,
-        "\r\n",
-        r#"{"timestamp": {"seconds": 5, "microseconds": 8}, "event": "NEW_ONE", "data": {"a": [1]}}"#,
-        "\r\n",
-        r#"{"surprise": true}"#,
-        "\r\n",
-    );
 
     fn drain(decoder: &mut Decoder) -> Vec<Message> {
         std::iter::from_fn(|| decoder.next_message()).map(|message| message.expect("valid")).collect()

@@ -7,4 +7,6 @@ mod client;
 mod codec;
 
 pub use client::{Client, MAX_QUEUED_EVENTS, Parts, QmpError};
+#[cfg(test)]
+pub(crate) use codec::SESSION;
 pub use codec::{DecodeError, Decoder, Event, MAX_MESSAGE_BYTES, Message, Timestamp, encode};

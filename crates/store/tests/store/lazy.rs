@@ -49,13 +49,19 @@ fn every_page_is_handed_out_once() {
     }
 }
 
+/// A snapshot's memory, to be read, and what the first machine's is.
+fn opened(sample: &Sample, id: &SnapshotId) -> (LazyMemory, Vec<u8>) {
+    let stored = sample.store.load(id).unwrap();
+    let memory = LazyMemory::open(&sample.store, &stored, &["server", "client"]).unwrap();
+    (memory, whole(&sample.store, &stored, "server"))
+}
+
 #[test]
 fn packs_stay_while_somebody_may_need_them() {
     let sample = Sample::new();
     let id = sample.commit("one", 1);
     let stored = sample.store.load(&id).unwrap();
-    let expected = whole(&sample.store, &stored, "server");
-    let memory = LazyMemory::open(&sample.store, &stored, &["server", "client"]).unwrap();
+    let (memory, expected) = opened(&sample, &id);
     let other = sample.reopened();
     other.remove(&id).unwrap();
     other.collect(CollectOptions::default(), &mut none).unwrap();
@@ -68,9 +74,7 @@ fn packs_stay_while_somebody_may_need_them() {
 fn what_is_lost_is_said_and_the_rest_is_there() {
     let sample = Sample::new();
     let id = sample.commit("one", 1);
-    let stored = sample.store.load(&id).unwrap();
-    let expected = whole(&sample.store, &stored, "server");
-    let memory = LazyMemory::open(&sample.store, &stored, &["server", "client"]).unwrap();
+    let (memory, expected) = opened(&sample, &id);
     let Location::Folder(folder) = &sample.location else { return };
     for pack in fs::read_dir(folder.join("packs")).unwrap().flatten() {
         let mut bytes = fs::read(pack.path()).unwrap();
