@@ -399,7 +399,7 @@ impl Agent {
     /// Says what this host has.
     fn announce(&self) {
         let Some(cluster) = self.cluster() else { return };
-        let free = crate::hardware::free_memory_bytes();
+        let free = crate::memory::HostMemory::now().map_or(0, |memory| memory.available);
         let config = &cluster.config;
         let announced = Announced {
             tunnel: config.address,

@@ -7,12 +7,11 @@ use diorama_qemu::capability::{
     self, Accelerator, BackgroundSnapshot, KvmState, Qemu, UserfaultSource, minimum_vcpus,
 };
 use diorama_store::Location;
-use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
 use crate::hardware;
 use crate::images;
 use crate::problem::store_error;
-use crate::ram_cache::free_bytes;
+use crate::ram_cache::{free_bytes, is_in_memory};
 use crate::store_location;
 
 /// Looks at this computer, without an agent.
@@ -142,9 +141,8 @@ fn memory(folders: &Folders) -> DoctorCheck {
         return check("RAM cache", CheckStatus::Failed, "no folder for it".to_owned(), None);
     };
     let free = free_bytes(folder).unwrap_or(0) >> 20;
-    let is_tmpfs = statfs(folder).is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC);
     let found = format!("{} ({free} MiB free)", folders.runtime().display());
-    if is_tmpfs {
+    if is_in_memory(folder) {
         ok("RAM cache", found)
     } else {
         check(

@@ -107,13 +107,3 @@ fn accelerator(wanted: WantedAccelerator) -> Result<Accelerator, ApiError> {
         },
     }
 }
-
-/// The memory that is free for new machines, in bytes, as the kernel estimates it.
-pub(crate) fn free_memory_bytes() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let available = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = available
-        .and_then(|rest| rest.trim().strip_suffix("kB"))
-        .and_then(|kib| kib.trim().parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
-}

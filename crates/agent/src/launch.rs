@@ -169,6 +169,11 @@ impl Agent {
         operation: &Operation,
     ) -> Result<Launched<'_>, ApiError> {
         let qemu = self.hardware.qemu()?;
+        // Restored machines have theirs in the cache.
+        let machines = plan.specification.machines.iter().zip(&plan.machines);
+        let new = machines.filter(|(_, machine)| machine.from.is_none());
+        let new_bytes = new.map(|(machine, _)| machine.memory_bytes).sum();
+        self.cache.yield_memory(new_bytes, || self.slots.snapshots_in_use());
         for folder in [&plan.runtime_folder, &plan.log_folder, &plan.console_folder] {
             std::fs::create_dir_all(folder).map_err(|error| io_error(folder, &error))?;
         }

@@ -40,6 +40,7 @@ mod images;
 mod keeper;
 mod launch;
 mod lazy;
+mod memory;
 mod operation;
 mod pause;
 mod priority;

@@ -5,21 +5,35 @@
 //! `RUNTIME/ram/new-N`, and renamed when their snapshot is committed. Removing a file does not disturb a machine
 //! that maps it.
 //!
+//! On tmpfs the cache takes what machines and others would have of the computer's memory, and no kernel takes it back. So it is
+//! at most half of the memory, leaves an eighth of it available whenever it grows, and shrinks when others leave
+//! less than a sixteenth.
+//!
 //! Invariant: everything here can be had from the store again, except in `new-N` folders, which nobody misses.
 
+use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diorama_api::ApiError;
 use diorama_store::{MachineRecord, SnapshotId, Store, Stored};
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
+use crate::memory::HostMemory;
 use crate::operation::Operation;
 use crate::problem::io_error;
 
 /// How much of the file system the cache leaves to others: a sixteenth.
 const RESERVE_FRACTION: u64 = 16;
+/// How much of the computer's memory it takes at most: half.
+const MEMORY_FRACTION: u64 = 2;
+/// How much of the computer's memory it leaves available: an eighth.
+const MEMORY_RESERVE_FRACTION: u64 = 8;
+/// With how much available it begins to shrink: a sixteenth.
+const SHORTAGE_FRACTION: u64 = 16;
 
 /// See the module.
 #[derive(Debug)]
@@ -28,14 +42,24 @@ pub(crate) struct RamCache {
     /// Where files go that do not fit: on disk.
     spill: PathBuf,
     next: AtomicU64,
-    /// Held while files are loaded or evicted.
-    changing: Mutex<()>,
+    /// Held while files are evicted: how many have a snapshot's files in their hands, which stay therefore.
+    pins: Arc<Mutex<Pins>>,
+}
+
+type Pins = BTreeMap<SnapshotId, usize>;
+
+/// Keeps a snapshot's files from being evicted.
+#[derive(Debug)]
+struct Pin {
+    pins: Arc<Mutex<Pins>>,
+    id: SnapshotId,
 }
 
 /// A snapshot's RAM files, ready to be mapped.
 #[derive(Debug)]
 pub(crate) struct Loaded {
     pub(crate) folder: PathBuf,
+    _pin: Pin,
     /// Files that did not fit the cache: removed once they are mapped and this is dropped.
     _uncached: Option<NewFiles>,
 }
@@ -59,7 +83,7 @@ impl RamCache {
             }
         }
         remove_folder(&spill);
-        Ok(Self { folder, spill, next: AtomicU64::new(1), changing: Mutex::new(()) })
+        Ok(Self { folder, spill, next: AtomicU64::new(1), pins: Arc::default() })
     }
 
     /// A folder for new RAM files that will need about `bytes`: in memory when they fit, else on disk.
@@ -103,6 +127,7 @@ impl RamCache {
         operation: &Operation,
     ) -> Result<Loaded, ApiError> {
         let id = &stored.id;
+        let pin = self.pin(*id);
         let folder = self.folder.join(id.to_string());
         // Where an environment spans hosts, each has the memory of the machines that it has had.
         let missing: Vec<&MachineRecord> = stored
@@ -112,7 +137,7 @@ impl RamCache {
             .filter(|machine| wanted(&machine.name) && !folder.join(&machine.name).is_file())
             .collect();
         if missing.is_empty() {
-            return Ok(Loaded { folder, _uncached: None });
+            return Ok(Loaded { folder, _pin: pin, _uncached: None });
         }
         let used: u64 = missing.iter().map(|machine| machine.ram.used_bytes).sum();
         let files = self.begin(used, keep)?;
@@ -137,14 +162,23 @@ impl RamCache {
         operation.check()?;
         if files.in_memory {
             self.commit(files, id);
-            Ok(Loaded { folder, _uncached: None })
+            Ok(Loaded { folder, _pin: pin, _uncached: None })
         } else {
             operation.warn(
                 "the memory of this snapshot does not fit the RAM cache: the machines run from disk, and cannot be \
                  snapshotted live until memory is free (`diorama doctor` shows the cache)",
             );
-            Ok(Loaded { folder: files.folder.clone(), _uncached: Some(files) })
+            Ok(Loaded { folder: files.folder.clone(), _pin: pin, _uncached: Some(files) })
         }
+    }
+
+    fn pin(&self, id: SnapshotId) -> Pin {
+        *self.lock().entry(id).or_default() += 1;
+        Pin { pins: Arc::clone(&self.pins), id }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Pins> {
+        self.pins.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Forgets the memory of snapshots that are not there any more: another host may have removed them.
@@ -164,17 +198,47 @@ impl RamCache {
 
     /// Evicts the longest unused snapshots until `bytes` fit. False when they cannot fit.
     fn make_room(&self, bytes: u64, keep: &[SnapshotId]) -> bool {
-        let _changing = self.changing.lock().expect("nothing panics in here");
-        while free_bytes(&self.folder).is_none_or(|free| free < bytes) {
-            let Some(oldest) = self.oldest(keep) else { return false };
-            tracing::info!(folder = %oldest.display(), "evicting a snapshot's memory from the cache");
-            remove_folder(&oldest);
+        let pins = self.lock();
+        while self.free_bytes().is_none_or(|free| free < bytes) {
+            if !self.evict(&pins, keep) {
+                return false;
+            }
         }
         true
     }
 
-    fn oldest(&self, keep: &[SnapshotId]) -> Option<PathBuf> {
-        let keep: Vec<String> = keep.iter().map(ToString::to_string).collect();
+    /// Evicts the longest unused snapshots while the computer is short of memory, or until new machines with that
+    /// much of it fit.
+    pub(crate) fn yield_memory(&self, machine_bytes: u64, keep: impl FnOnce() -> Vec<SnapshotId>) {
+        let is_short = |memory: HostMemory| {
+            memory.available < machine_bytes.saturating_add(memory.total / SHORTAGE_FRACTION)
+        };
+        if !HostMemory::now().is_some_and(is_short) || !is_in_memory(&self.folder) {
+            return;
+        }
+        let keep = keep();
+        let pins = self.lock();
+        while HostMemory::now().is_some_and(is_short) && self.evict(&pins, &keep) {}
+    }
+
+    /// False when there is nothing to evict.
+    fn evict(&self, pins: &Pins, keep: &[SnapshotId]) -> bool {
+        let Some(oldest) = self.oldest(pins, keep) else { return false };
+        tracing::info!(folder = %oldest.display(), "evicting a snapshot's memory from the cache");
+        remove_folder(&oldest);
+        // What cannot be removed would be found again.
+        !oldest.exists()
+    }
+
+    /// How many bytes may be added, in all the bounds that there are.
+    fn free_bytes(&self) -> Option<u64> {
+        let free = free_bytes(&self.folder)?;
+        let memory = if is_in_memory(&self.folder) { HostMemory::now() } else { None };
+        Some(memory.map_or(free, |memory| free.min(allowance(memory, used_bytes(&self.folder)))))
+    }
+
+    fn oldest(&self, pins: &Pins, keep: &[SnapshotId]) -> Option<PathBuf> {
+        let keep: Vec<String> = keep.iter().chain(pins.keys()).map(ToString::to_string).collect();
         std::fs::read_dir(&self.folder)
             .ok()?
             .flatten()
@@ -188,10 +252,41 @@ impl RamCache {
     }
 }
 
+/// How much a cache in memory may grow.
+fn allowance(memory: HostMemory, used: u64) -> u64 {
+    let unreserved = memory.available.saturating_sub(memory.total / MEMORY_RESERVE_FRACTION);
+    unreserved.min((memory.total / MEMORY_FRACTION).saturating_sub(used))
+}
+
+/// What the files of a cache take, in bytes.
+fn used_bytes(folder: &Path) -> u64 {
+    let entries = |folder: &Path| std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let files = entries(folder).flat_map(|snapshot| entries(&snapshot.path()));
+    // As stat(2) counts them, whatever the file system's blocks are.
+    files.filter_map(|file| file.metadata().ok()).map(|found| found.blocks() * 512).sum()
+}
+
+/// Whether files there are held by memory alone.
+pub(crate) fn is_in_memory(folder: &Path) -> bool {
+    statfs(folder).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC)
+}
+
 impl NewFiles {
     /// The folder that the RAM files go to.
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        let mut pins = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = pins.get_mut(&self.id) {
+            *count -= 1;
+            if *count == 0 {
+                pins.remove(&self.id);
+            }
+        }
     }
 }
 
@@ -228,5 +323,22 @@ fn remove_folder(folder: &Path) {
             tracing::warn!(folder = %folder.display(), %error, "cannot remove");
         }
         _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cache_leaves_memory_to_others() {
+        let memory =
+            |total: u64, available: u64| HostMemory { total: total << 30, available: available << 30 };
+        // Of 16 GiB half, as long as 2 are left.
+        assert_eq!(allowance(memory(16, 15), 0), 8 << 30);
+        assert_eq!(allowance(memory(16, 15), 6 << 30), 2 << 30);
+        assert_eq!(allowance(memory(16, 15), 9 << 30), 0);
+        assert_eq!(allowance(memory(16, 5), 0), 3 << 30);
+        assert_eq!(allowance(memory(16, 1), 0), 0);
     }
 }

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use diorama_api::{ApiError, ErrorKind, Folders};
@@ -20,6 +20,8 @@ use crate::store_keys::{Secret, SecretSource};
 const IDLE_LIMIT: Duration = Duration::from_secs(30);
 /// How often idleness is looked at.
 const IDLE_CHECK: Duration = Duration::from_secs(5);
+/// How often it is looked whether others need the memory that snapshots' is cached in.
+const MEMORY_CHECK: Duration = Duration::from_secs(2);
 
 /// How long the first command waits for the cluster's directory.
 const DIRECTORY_WAIT: Duration = Duration::from_secs(3);
@@ -102,6 +104,8 @@ async fn serve(agent: Arc<Agent>, options: &Options) -> Result<(), ApiError> {
     }
     tracing::info!(socket = %socket.display(), "the agent is ready");
 
+    tokio::spawn(yield_memory(Arc::downgrade(&agent)));
+
     let activity = Arc::new(Activity::default());
     let counted = Arc::clone(&activity);
     let router = crate::http::router(Arc::clone(&agent)).layer(axum::middleware::from_fn(
@@ -123,6 +127,21 @@ async fn serve(agent: Arc<Agent>, options: &Options) -> Result<(), ApiError> {
             result.map_err(|error| io_error(&socket, &error))
         }
         () = shutdown => Ok(()),
+    }
+}
+
+/// Gives cached memory back when others need it.
+async fn yield_memory(agent: Weak<Agent>) {
+    loop {
+        tokio::time::sleep(MEMORY_CHECK).await;
+        let Some(agent) = agent.upgrade() else { return };
+        // Reads and removes files.
+        let looking = tokio::task::spawn_blocking(move || {
+            agent.cache.yield_memory(0, || agent.slots.snapshots_in_use());
+        });
+        if looking.await.is_err() {
+            return;
+        }
     }
 }
 

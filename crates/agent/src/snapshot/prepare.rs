@@ -18,6 +18,7 @@ use crate::dataplane::{Command, CutJob, CutMachine, Goal, Monitor, Resume, Segme
 use crate::disks::{new_layer, reconcile};
 use crate::keeper::Keeper;
 use crate::launch::{COMMAND_LIMIT, SocketPaths};
+use crate::memory::HostMemory;
 use crate::problem::{cut_error, io_error, no_space, qmp_error, store_error};
 use crate::record::{DiskRecord, Record};
 use crate::slot::Slot;
@@ -115,7 +116,7 @@ impl Attempt<'_> {
         let sockets = socket_folder(&self.slot, &self.agent.folders, self.record.generation);
         let folder = self.slot.folder(&self.agent.folders);
         // Half of what is free at the most, for all machines together: untouched memory is backed then.
-        let mut huge_budget = memory_available_bytes().unwrap_or(0) / 2;
+        let mut huge_budget = HostMemory::now().map_or(0, |memory| memory.available) / 2;
         let plans: Vec<Plan> = self
             .machines
             .iter()
@@ -558,12 +559,6 @@ fn collapse(plan: &Plan) {
     if let Err(error) = memory::collapse(plan.process, plan.memory_bytes) {
         tracing::debug!(machine = plan.name, %error, "memory stays in small pages");
     }
-}
-
-fn memory_available_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
 }
 
 /// Waits until QEMU has read all memory once and waits for its reader: its capture thread sleeps then. Nothing tells

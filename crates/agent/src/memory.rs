@@ -1,0 +1,91 @@
+//! The computer's memory: how much there is, and how much can still be had.
+
+use std::path::Path;
+
+/// In bytes, as the kernel estimates it, within the limits of the control groups that this process is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct HostMemory {
+    pub(crate) total: u64,
+    /// Without swapping: what is free, and what holds nothing but cached files. (Files on tmpfs count as used.)
+    pub(crate) available: u64,
+}
+
+impl HostMemory {
+    /// How it is now; `None` where the kernel does not say.
+    pub(crate) fn now() -> Option<Self> {
+        let whole = parse_meminfo(&std::fs::read_to_string("/proc/meminfo").ok()?)?;
+        let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        Some(groups_of(&groups).filter_map(Self::of_group).fold(whole, Self::within))
+    }
+
+    fn of_group(group: &str) -> Option<Self> {
+        let folder = Path::new("/sys/fs/cgroup").join(group);
+        let read = |name: &str| std::fs::read_to_string(folder.join(name)).ok();
+        parse_group(&read("memory.max")?, &read("memory.current")?, &read("memory.stat")?)
+    }
+
+    fn within(self, limit: Self) -> Self {
+        Self { total: self.total.min(limit.total), available: self.available.min(limit.available) }
+    }
+}
+
+/// See proc_meminfo(5).
+fn parse_meminfo(text: &str) -> Option<HostMemory> {
+    let field = |name: &str| {
+        let rest = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+        rest.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+    };
+    Some(HostMemory { total: field("MemTotal")?, available: field("MemAvailable")? })
+}
+
+/// The control group (version 2; cgroups(7)) of a process and those around it, from `/proc/PID/cgroup`, relative to where
+/// they are mounted.
+fn groups_of(text: &str) -> impl Iterator<Item = &str> {
+    let group = text.lines().find_map(|line| line.strip_prefix("0::/"));
+    group.into_iter().flat_map(|group| {
+        let ends = group.char_indices().filter(|(_, letter)| *letter == '/').map(|(at, _)| at);
+        // The root has no limits.
+        ends.chain((!group.is_empty()).then_some(group.len())).map(|end| &group[..end])
+    })
+}
+
+/// A group's files, as the kernel's documentation of control groups describes them; `None`: without a limit.
+fn parse_group(max: &str, current: &str, stat: &str) -> Option<HostMemory> {
+    let total: u64 = max.trim().parse().ok()?;
+    let used: u64 = current.trim().parse().ok()?;
+    let cached = stat.lines().find_map(|line| line.strip_prefix("inactive_file "))?.trim().parse().ok()?;
+    Some(HostMemory { total, available: total.saturating_sub(used.saturating_sub(cached)) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_says_how_much_there_is() {
+        let memory = HostMemory::now().expect("Linux says it");
+        assert!(memory.available <= memory.total && memory.total > 0, "{memory:?}");
+        let text = "MemTotal:       24683520 kB\nMemFree:        21500 kB\nMemAvailable:   21854208 kB\n";
+        assert_eq!(
+            parse_meminfo(text),
+            Some(HostMemory { total: 24_683_520 << 10, available: 21_854_208 << 10 })
+        );
+        assert_eq!(parse_meminfo("MemTotal: 5 kB\n"), None);
+        assert_eq!(parse_meminfo("MemTotal: 5 kB\nMemAvailable: 99999999999999999999 kB"), None);
+    }
+
+    #[test]
+    fn a_group_limits_it() {
+        let groups = |text| groups_of(text).collect::<Vec<_>>();
+        assert_eq!(
+            groups("1:cpu:/x\n0::/system.slice/docker.service/x\n"),
+            ["system.slice", "system.slice/docker.service", "system.slice/docker.service/x"]
+        );
+        assert!(groups("0::/\n").is_empty() && groups("").is_empty());
+        let limited = parse_group("1000\n", "700\n", "anon 400\ninactive_file 200\n").expect("a limit");
+        assert_eq!(limited, HostMemory { total: 1000, available: 500 });
+        assert_eq!(parse_group("max\n", "700\n", "inactive_file 200\n"), None);
+        let computer = HostMemory { total: 5000, available: 300 };
+        assert_eq!(computer.within(limited), HostMemory { total: 1000, available: 300 });
+    }
+}
