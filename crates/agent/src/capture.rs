@@ -1,7 +1,8 @@
-//! Taking one machine's migration stream apart, as fast as QEMU writes it.
+//! Taking one machine's migration stream apart while QEMU writes it.
 //!
-//! The capture thread does nothing but read, parse and write pages into the RAM file: a full socket would stall
-//! the guest's writes. Hashing and storing follow when it is done.
+//! The capture thread does nothing but read, parse and write pages into the RAM file: while it is late, the guest's writes
+//! wait. Hashing and storing follow when it is done. While the guest runs it reads at a [pace](crate::pace) that leaves
+//! processors to guests, and goes, with others that they wait for, [before ordinary threads](crate::haste).
 //!
 //! A *gate* keeps QEMU waiting for its reader, and so decides when it goes on:
 //!
@@ -31,23 +32,23 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use diorama_qemu::migration::{RamFile, Splitter, StreamError};
-use nix::sys::socket::{getsockopt, setsockopt, sockopt};
+use nix::sys::socket::{setsockopt, sockopt};
+
+use crate::haste::{HURRIED, Service};
+use crate::pace::Pace;
+use crate::priority::schedule_this_thread;
 
 /// How much is read of the stream at once.
 const CHUNK_BYTES: usize = 1 << 20;
 /// What is asked for as the socket's buffer on QEMU's side; the kernel gives what it allows.
 const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+/// The same for the memory of a live capture: as much as QEMU is to do between two looks of its reader, some ten pages or eighty
+/// that are zero. (QEMU goes on when three quarters have been read.)
+const LIVE_BUFFER_BYTES: usize = 32 << 10;
 /// The most device state that a machine may have. A few MiB are usual.
 const MOST_STATE_BYTES: usize = 256 << 20;
 /// In pre-copy, the part of the memory that comes before the gate closes, in percent.
 const GATE_PERCENT: u64 = 90;
-
-/// How long a live capture is left to itself between two looks, once its memory comes. QEMU sends every page by a call of
-/// its own, and wakes whoever waits for it: which costs both sides more than the page does, and the machine with them.
-const LOOK_INTERVAL: Duration = Duration::from_micros(500);
-/// The part of the socket's buffer that, found at once, has it looked at again without a pause: QEMU must not find the socket
-/// full. (Of a small buffer that is little: what the kernel keeps beside each page counts, too.)
-const MUCH: usize = 4;
 
 /// How long QEMU may write nothing to a capture that is only read to its end, before it is taken for stuck.
 const SILENCE_LIMIT: Duration = Duration::from_secs(30);
@@ -166,13 +167,14 @@ struct GateState {
 }
 
 impl Capture {
-    /// Starts the thread. Returns the socket's other end, for QEMU. A `live` stream is read to its end whatever happens.
+    /// Starts the thread. Returns the socket's other end, for QEMU. A `live` stream is read to its end whatever happens, and at the
+    /// [pace](Pace) that its guest can bear.
     pub(crate) fn start(
         machine: &str,
         ram_path: PathBuf,
         memory_bytes: u64,
         gating: Gating,
-        live: bool,
+        live: Option<Service>,
     ) -> Result<(Self, OwnedFd), CaptureError> {
         let name = machine.to_owned();
         let failed = |source| CaptureError::Read { machine: name.clone(), source };
@@ -180,7 +182,7 @@ impl Capture {
         let filler_bytes = match gating {
             Gating::FromStart => fill(&theirs).map_err(failed)?,
             Gating::Open | Gating::AfterMost => {
-                enlarge(&theirs);
+                set_buffer(&theirs, live.is_some());
                 0
             }
         };
@@ -202,10 +204,11 @@ impl Capture {
             std::thread::Builder::new()
                 .name(format!("capture {machine}"))
                 .spawn(move || {
+                    let is_live = live.is_some();
                     let gated = Gated { gate: &gate, gating, live, theirs: theirs_too };
                     let result = split(&machine, &mut reader, file, ram_path, memory_bytes, gated);
                     if result.is_err()
-                        && live
+                        && is_live
                         && let Err(error) = read_out(&mut reader)
                     {
                         tracing::error!(machine, %error, "a capture that nobody wants does not end");
@@ -336,8 +339,9 @@ impl Write for DeviceState {
 struct Gated<'a> {
     gate: &'a Gate,
     gating: Gating,
-    live: bool,
-    /// QEMU's end, to be made larger.
+    /// Whose machine is captured live, if it is.
+    live: Option<Service>,
+    /// QEMU's end, for the size of its buffer.
     theirs: UnixStream,
 }
 
@@ -359,17 +363,16 @@ fn fill(theirs: &UnixStream) -> std::io::Result<usize> {
     result
 }
 
-fn enlarge(theirs: &UnixStream) {
+fn set_buffer(theirs: &UnixStream, live: bool) {
+    if live {
+        // Whatever it is, the capture works.
+        let _ = setsockopt(theirs, sockopt::SndBuf, &LIVE_BUFFER_BYTES);
+        return;
+    }
     // Root may have more than the usual bound; others take what they get.
     if setsockopt(theirs, sockopt::SndBufForce, &SOCKET_BUFFER_BYTES).is_err() {
         let _ = setsockopt(theirs, sockopt::SndBuf, &SOCKET_BUFFER_BYTES);
     }
-}
-
-/// How much fits the socket's buffer, at most.
-fn room(theirs: &UnixStream) -> usize {
-    // Linux answers twice what was asked for, to have room for what it keeps beside the data (socket(7)).
-    getsockopt(theirs, sockopt::SndBuf).map_or(0, |doubled| doubled / 2)
 }
 
 /// Takes what still comes to its end, and keeps none of it.
@@ -402,11 +405,11 @@ fn split(
     let mut passed = gated.gating != Gating::AfterMost;
     if gated.gating == Gating::FromStart {
         gated.gate.pass();
-        enlarge(&gated.theirs);
+        set_buffer(&gated.theirs, gated.live.is_some());
     }
-    let much = if gated.live { room(&gated.theirs).min(CHUNK_BYTES) / MUCH } else { 0 };
     // Or this end would keep the socket open when QEMU has closed it.
     drop(gated.theirs);
+    let mut pace = None;
     loop {
         if gated.gate.discarding.load(Ordering::Relaxed) {
             return Err(CaptureError::GivenUp);
@@ -422,8 +425,16 @@ fn split(
             .map_err(|source| CaptureError::Stream { machine: machine.to_owned(), source })?;
         if splitter.pages_seen() > 0 {
             gated.gate.memory_comes.store(true, Ordering::Release);
-            if read < much && !splitter.ram_complete() {
-                std::thread::sleep(LOOK_INTERVAL);
+            if let Some(service) = &gated.live
+                && !splitter.ram_complete()
+            {
+                let pace = pace.get_or_insert_with(|| {
+                    schedule_this_thread(HURRIED, "a guest waits for it");
+                    // QEMU's capture thread may be new.
+                    service.hurry();
+                    Pace::new(memory_bytes / 4096)
+                });
+                std::thread::sleep(pace.next(splitter.pages_seen()));
             }
         }
         if !passed && splitter.pages_seen() >= gate_pages {

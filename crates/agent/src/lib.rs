@@ -13,6 +13,7 @@
 //! | `priority` | how its own threads are scheduled |
 //! | `takeover` | machines that outlived the agent before |
 //! | `keeper` | live captures whose agent has died |
+//! | `pace`, `haste` | how live captures and guests share the processors |
 //! | `ram_cache` | snapshots' memory, ready to be mapped |
 //! | `transfer`, `extract`, `diff` | snapshots as files, in other stores, compared |
 //! | `guest` | commands and consoles inside machines |
@@ -35,6 +36,7 @@ mod failpoint;
 mod file_cache;
 mod guest;
 mod hardware;
+mod haste;
 mod http;
 mod images;
 mod keeper;
@@ -42,6 +44,7 @@ mod launch;
 mod lazy;
 mod memory;
 mod operation;
+mod pace;
 mod pause;
 mod priority;
 mod problem;

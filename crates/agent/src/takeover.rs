@@ -242,7 +242,7 @@ impl Agent {
             reconcile(&mut monitor, disk, &folder)?;
         }
         let threads = find_vcpu_threads(&mut monitor)?;
-        // The agent before may have died within a cut, when they went before everything else.
+        // The agent before may have died within a cut or a live capture, when they went before everything else.
         for thread in threads_of(machine.process.pid, &threads) {
             if let Err(error) = set_thread_policy(thread, Policy::Normal { nice: 0 }) {
                 tracing::debug!(thread, %error, "a thread of QEMU keeps its priority");

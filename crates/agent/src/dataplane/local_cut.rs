@@ -35,6 +35,7 @@ use super::command::{Command, Monitor};
 use super::plane::{Io, schedule_plane};
 use super::segment::Segment;
 use crate::capture::GateHandle;
+use crate::haste::HURRIED;
 
 /// How long QEMU may take to read what was written to it before its `stop` is sent all the same. A guest whose
 /// receive ring stays full that long (or that has no driver yet) is cut with frames inside QEMU; this is counted.
@@ -928,7 +929,7 @@ impl Progress {
         prefer_others(&self.machine.vcpu_threads, yes);
     }
 
-    /// Ends with the machine's release: what QEMU does from then on (copying memory) has no haste.
+    /// First of all until the machine's release.
     fn schedule_service(&self, policy: Policy) {
         for thread in &self.machine.service_threads {
             if let Err(error) = set_thread_policy(*thread, policy) {
@@ -938,7 +939,8 @@ impl Progress {
     }
 
     fn finish(&mut self, release: Option<Hold>, segment: &mut Segment, io: &mut Io<'_>) {
-        self.schedule_service(Policy::Normal { nice: 0 });
+        // As the attempt has them that asked for this.
+        self.schedule_service(HURRIED);
         let now = io.now();
         if let Some(hold) = release {
             for drain in &self.drains {

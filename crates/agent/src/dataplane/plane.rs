@@ -132,8 +132,8 @@ pub(crate) struct Plane {
     /// The segments that have a cut or a replay under way, and so need the clock.
     timed: Vec<SegmentId>,
     next_segment: u32,
-    /// How many cuts this host stands ready for.
-    poised: u32,
+    /// How many wait for it now: cuts that this host stands ready for, guests that are captured.
+    hurried: u32,
 }
 
 impl Plane {
@@ -156,7 +156,7 @@ impl Plane {
             segments: BTreeMap::new(),
             timed: Vec::new(),
             next_segment: 1,
-            poised: 0,
+            hurried: 0,
         })
     }
 
@@ -282,10 +282,10 @@ impl Plane {
         self.with_io(id, |segment, io| segment.raise_epoch(to, io));
     }
 
-    /// This host stands ready for a cut, or no more: what begins it may come any moment, and must not wait for guests.
-    pub(crate) fn set_poised(&mut self, yes: bool) {
-        self.poised = if yes { self.poised + 1 } else { self.poised.saturating_sub(1) };
-        schedule_plane(if self.poised > 0 { Policy::First } else { POLICY });
+    /// It goes before ordinary threads, or no more; as often as it was told so.
+    pub(crate) fn set_hurried(&mut self, yes: bool) {
+        self.hurried = if yes { self.hurried + 1 } else { self.hurried.saturating_sub(1) };
+        schedule_plane(if self.hurried > 0 { Policy::First } else { POLICY });
     }
 
     /// Tells every other host of an environment, by the way that frames go, that a cut has begun.

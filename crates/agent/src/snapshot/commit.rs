@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use diorama_api::{ApiError, CaptureMode, ErrorKind, InFlightPolicy, MachineState};
 use diorama_cut::loopback::Event;
@@ -118,6 +119,7 @@ impl Attempt<'_> {
             writer,
             ram_folder,
             operation: self.operation,
+            turns: Turns::new(storing_threads(self.machines.iter().any(|machine| machine.runs))),
         };
         let parts = std::thread::scope(|scope| {
             let parts: Vec<_> = captures
@@ -130,6 +132,7 @@ impl Attempt<'_> {
                 .collect();
             parts.into_iter().map(|part| part.join().expect("storing does not panic")).collect::<Vec<_>>()
         });
+        self.hurried = None;
         // Every part ends before any error is reported: threads must not outlive the attempt.
         let mut records: Vec<MachineRecord> = parts.into_iter().collect::<Result<_, _>>()?;
         let outcome = self.outcome.as_ref().ok_or_else(|| defect("machines without a cut"))?;
@@ -261,6 +264,42 @@ struct Job<'a> {
     writer: &'a Writer,
     ram_folder: &'a Path,
     operation: &'a Operation,
+    turns: Turns,
+}
+
+/// How many machines are hashed, compressed and written at a time.
+fn storing_threads(machines_run: bool) -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    // Guests need the rest. Niceness does not give it to them where threads are grouped by session.
+    if machines_run { (processors / 2).max(1) } else { processors }
+}
+
+/// Lets so many threads go on at a time.
+struct Turns {
+    left: Mutex<usize>,
+    ended: Condvar,
+}
+
+struct Turn<'a>(&'a Turns);
+
+impl Turns {
+    fn new(count: usize) -> Self {
+        Self { left: Mutex::new(count), ended: Condvar::new() }
+    }
+
+    fn take(&self) -> Turn<'_> {
+        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut left = self.ended.wait_while(left, |left| *left == 0).unwrap_or_else(PoisonError::into_inner);
+        *left -= 1;
+        Turn(self)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *self.0.left.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.0.ended.notify_one();
+    }
 }
 
 impl Job<'_> {
@@ -288,6 +327,7 @@ impl Job<'_> {
             }
             None => self.agent.thaw_copy(self.slot, &machine.name, &ram_path)?,
         };
+        let _turn = self.turns.take();
         self.operation.check()?;
         let ram = File::open(&ram_path).map_err(|error| io_error(&ram_path, &error))?;
         let ram = self

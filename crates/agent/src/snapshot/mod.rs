@@ -42,6 +42,7 @@ use diorama_switch::{NetworkId, PeerId};
 use crate::Agent;
 use crate::capture::Capture;
 use crate::dataplane::{CutJob, CutMachine, CutOutcome, Goal, SegmentId, Stopped};
+use crate::haste::Hurried;
 use crate::keeper::Keeper;
 use crate::operation::Operation;
 use crate::problem::{cut_error, store_error};
@@ -82,6 +83,8 @@ pub(crate) struct Attempt<'a> {
     /// The highest epoch that the record on disk allows for.
     reserved: Epoch,
     outcome: Option<CutOutcome>,
+    /// From the preparation until all is stored; dropped after captures, which hurry threads as well.
+    hurried: Option<Hurried<'a>>,
     /// Frames in flight are being recorded there.
     recording: Option<(SegmentId, diorama_switch::Epoch)>,
     /// What was recorded.
@@ -227,6 +230,7 @@ impl<'a> Attempt<'a> {
             ready: None,
             reserved: Epoch(0),
             outcome: None,
+            hurried: None,
             recording: None,
             stopped: None,
             created: String::new(),

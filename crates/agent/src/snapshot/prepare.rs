@@ -16,6 +16,7 @@ use crate::Agent;
 use crate::capture::{Capture, CaptureError, Gating};
 use crate::dataplane::{Command, CutJob, CutMachine, Goal, Monitor, Resume, SegmentId, wait_until_read};
 use crate::disks::{new_layer, reconcile};
+use crate::haste::{Hurried, Service};
 use crate::keeper::Keeper;
 use crate::launch::{COMMAND_LIMIT, SocketPaths};
 use crate::memory::HostMemory;
@@ -61,6 +62,7 @@ struct Plan {
     collapse: bool,
     ram_path: PathBuf,
     process: ProcessId,
+    service: Service,
     cut_monitor: PathBuf,
     pivot_monitor: PathBuf,
     overlay_folder: PathBuf,
@@ -117,12 +119,16 @@ impl Attempt<'_> {
         let folder = self.slot.folder(&self.agent.folders);
         // Half of what is free at the most, for all machines together: untouched memory is backed then.
         let mut huge_budget = HostMemory::now().map_or(0, |memory| memory.available) / 2;
+        let services = self.services();
+        let plane = &self.agent.plane;
+        self.hurried.get_or_insert_with(|| Hurried::begin(services.clone(), plane));
         let plans: Vec<Plan> = self
             .machines
             .iter()
+            .zip(services)
             .enumerate()
-            .filter(|(_, machine)| !machine.frozen)
-            .map(|(index, machine)| {
+            .filter(|(_, (machine, _))| !machine.frozen)
+            .map(|(index, (machine, service))| {
                 let memory_bytes = self.record.specification.machines[index].memory_bytes;
                 let left = huge_budget.checked_sub(memory_bytes);
                 huge_budget = left.unwrap_or(huge_budget);
@@ -134,6 +140,7 @@ impl Attempt<'_> {
                     collapse: left.is_some(),
                     ram_path: ram_folder.join(&machine.name),
                     process: self.record.machines[index].process.into(),
+                    service,
                     cut_monitor: SocketPaths::new(&sockets, index).cut_monitor,
                     pivot_monitor: SocketPaths::new(&sockets, index).pivot_monitor,
                     overlay_folder: disk_folder(&folder, self.record.generation).join(&machine.name),
@@ -184,6 +191,14 @@ impl Attempt<'_> {
             Some(error) => Err(error),
             None => self.operation.check(),
         }
+    }
+
+    fn services(&self) -> Vec<Service> {
+        let state = self.slot.state();
+        let connected = state.running.iter().flat_map(|running| &running.machines);
+        let vcpu_threads = connected.map(|machine| machine.vcpu_threads.clone());
+        let processes = self.record.machines.iter().map(|machine| machine.process.pid);
+        processes.zip(vcpu_threads).map(|(pid, vcpu_threads)| Service { pid, vcpu_threads }).collect()
     }
 
     /// Takes back what was prepared, to prepare anew.
@@ -476,8 +491,9 @@ fn fill(plan: &Plan, keeper: Option<&Keeper>, prepared: &mut Prepared) -> Result
         CaptureMode::Precopy => Gating::AfterMost,
         CaptureMode::Live | CaptureMode::Stop => Gating::Open,
     };
+    let service = live.then(|| plan.service.clone());
     let (capture, theirs) =
-        Capture::start(&plan.name, plan.ram_path.clone(), plan.memory_bytes, gating, live)
+        Capture::start(&plan.name, plan.ram_path.clone(), plan.memory_bytes, gating, service)
             .map_err(|error| capture_error(&error))?;
     if let (true, Some(keeper)) = (live, keeper) {
         keeper.keep(capture.stream()).map_err(|error| {

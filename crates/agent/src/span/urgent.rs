@@ -5,6 +5,7 @@
 use diorama_qemu::process::Policy;
 
 use crate::dataplane::DataPlane;
+use crate::haste::HurriedPlane;
 use crate::priority::schedule_this_thread;
 
 /// The calling thread goes before all ordinary ones, for as long as this lives. Only root may; for others nothing changes.
@@ -27,23 +28,17 @@ impl Drop for Urgent {
     }
 }
 
-/// This host stands ready for a cut: the thread that does its part and the data plane are [`Urgent`].
+/// This host stands ready for a cut: what begins it may come any moment, and must not wait for guests. The thread that does
+/// its part and the data plane are [`Urgent`].
 #[derive(Debug)]
 pub(crate) struct Poised<'a> {
-    plane: &'a DataPlane,
+    _plane: HurriedPlane<'a>,
     _thread: Urgent,
 }
 
 impl<'a> Poised<'a> {
     pub(crate) fn begin(plane: &'a DataPlane, after: Policy) -> Self {
-        plane.tell(|plane| plane.set_poised(true));
-        Self { plane, _thread: Urgent::begin(after) }
-    }
-}
-
-impl Drop for Poised<'_> {
-    fn drop(&mut self) {
-        self.plane.tell(|plane| plane.set_poised(false));
+        Self { _plane: HurriedPlane::begin(plane), _thread: Urgent::begin(after) }
     }
 }
 

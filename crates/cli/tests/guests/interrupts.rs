@@ -61,6 +61,8 @@ fn snapshots_restores_and_forks_are_undone() {
             undone[0] += 1;
         }
         assert_eq!(snapshots, expected);
+        lab.wait_ordinary("pair", "server");
+        lab.wait_ordinary("pair", "client");
         arrived = traffic::goes_on_whole(&lab, "pair", &arrived);
     }
     if !expected.iter().any(|name| name == "base") {

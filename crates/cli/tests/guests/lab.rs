@@ -237,6 +237,24 @@ impl Lab {
         i32::try_from(machine["pid"].as_i64().unwrap()).unwrap()
     }
 
+    /// Waits until no thread of a machine but its virtual CPUs has another priority than threads usually have: in a cut and
+    /// while memory is captured live some go before all others.
+    pub fn wait_ordinary(&self, environment: &str, machine: &str) {
+        let folder = format!("/proc/{}/task", self.pid(environment, machine));
+        until("usual priorities", || {
+            let ordinary = std::fs::read_dir(&folder).unwrap().flatten().all(|thread| {
+                // A thread may have ended since.
+                let Ok(stat) = std::fs::read_to_string(thread.path().join("stat")) else { return true };
+                let (name, fields) = stat.rsplit_once(") ").unwrap();
+                let fields: Vec<&str> = fields.split(' ').collect();
+                // Its nice value and its policy, which is 0 for ordinary ones: proc_pid_stat(5), the state being field 3.
+                let (nice, policy) = (fields[19 - 3], fields[41 - 3]);
+                policy == "0" && (nice == "0" || name.contains("(CPU "))
+            });
+            ordinary.then_some(())
+        });
+    }
+
     /// Takes a snapshot that must be sound; returns its document.
     #[track_caller]
     pub fn snapshot(&self, environment: &str, arguments: &[&str]) -> Value {

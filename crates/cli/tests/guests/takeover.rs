@@ -74,6 +74,8 @@ fn an_agent_killed_within_a_snapshot_leaves_nothing_of_it() {
             lab.verify(&name);
         }
         assert_eq!(snapshots, expected);
+        lab.wait_ordinary("pair", "server");
+        lab.wait_ordinary("pair", "client");
         arrived = traffic::goes_on(&lab, "pair", &arrived);
     }
     lab.snapshot("pair", &["whole"]);

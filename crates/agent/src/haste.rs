@@ -1,0 +1,78 @@
+//! Threads that guests wait for while a snapshot is taken, and that have little to do themselves.
+//!
+//! A guest's timers and frames wait for QEMU's main loop, and all guests for the data plane; whoever writes to a page that is
+//! not saved yet waits for QEMU's capture thread, which waits for its reader. With the processors busy each of them is late by
+//! whole time slices, whatever its niceness, where the kernel groups threads by session (autogroup): in a session that had
+//! more than its share before, it may be late by a tenth of a second. So they go before ordinary threads from the
+//! preparation until all is stored; the [pace](crate::pace) keeps what captures take of the processors within bounds.
+
+use diorama_qemu::process::{Policy, set_thread_policy, threads_of};
+
+use crate::dataplane::DataPlane;
+
+/// A QEMU whose machine runs.
+#[derive(Debug, Clone)]
+pub(crate) struct Service {
+    pub(crate) pid: u32,
+    /// Its guest: everything but that is hurried.
+    pub(crate) vcpu_threads: Vec<u32>,
+}
+
+impl Service {
+    /// Puts its threads, those that have come since as well, before ordinary ones. Only root may; for others nothing changes.
+    pub(crate) fn hurry(&self) {
+        self.schedule(HURRIED);
+    }
+
+    fn schedule(&self, policy: Policy) {
+        for thread in threads_of(self.pid, &self.vcpu_threads) {
+            if let Err(error) = set_thread_policy(thread, policy) {
+                tracing::debug!(thread, %error, "a thread of QEMU keeps its priority");
+            }
+        }
+    }
+}
+
+/// The policy of threads that are hurried.
+pub(crate) const HURRIED: Policy = Policy::Second;
+
+/// While this lives, an environment's QEMUs and the data plane go first.
+#[derive(Debug)]
+pub(crate) struct Hurried<'a> {
+    services: Vec<Service>,
+    _plane: HurriedPlane<'a>,
+}
+
+impl<'a> Hurried<'a> {
+    pub(crate) fn begin(services: Vec<Service>, plane: &'a DataPlane) -> Self {
+        for service in &services {
+            service.hurry();
+        }
+        Self { services, _plane: HurriedPlane::begin(plane) }
+    }
+}
+
+impl Drop for Hurried<'_> {
+    fn drop(&mut self) {
+        for service in &self.services {
+            service.schedule(Policy::Normal { nice: 0 });
+        }
+    }
+}
+
+/// The data plane goes first.
+#[derive(Debug)]
+pub(crate) struct HurriedPlane<'a>(&'a DataPlane);
+
+impl<'a> HurriedPlane<'a> {
+    pub(crate) fn begin(plane: &'a DataPlane) -> Self {
+        plane.tell(|plane| plane.set_hurried(true));
+        Self(plane)
+    }
+}
+
+impl Drop for HurriedPlane<'_> {
+    fn drop(&mut self) {
+        self.0.tell(|plane| plane.set_hurried(false));
+    }
+}
