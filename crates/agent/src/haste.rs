@@ -3,8 +3,8 @@
 //! A guest's timers and frames wait for QEMU's main loop, and all guests for the data plane; whoever writes to a page that is
 //! not saved yet waits for QEMU's capture thread, which waits for its reader. With the processors busy each of them is late by
 //! whole time slices, whatever its niceness, where the kernel groups threads by session (autogroup): in a session that had
-//! more than its share before, it may be late by a tenth of a second. So they go before ordinary threads from the
-//! preparation until all is stored; the [pace](crate::pace) keeps what captures take of the processors within bounds.
+//! more than its share before, it may be late by a tenth of a second. So they go before ordinary threads from the cut until all
+//! is stored (before it, they would make hosts be cut apart from each other); the [pace](crate::pace) keeps what captures take of the processors within bounds.
 
 use diorama_qemu::process::{Policy, set_thread_policy, threads_of};
 
@@ -33,26 +33,32 @@ impl Service {
     }
 }
 
-/// The policy of threads that are hurried.
-pub(crate) const HURRIED: Policy = Policy::Second;
+/// The policy of threads that are hurried: what a cut waits for, on whichever host, goes before them.
+pub(crate) const HURRIED: Policy = Policy::Third;
 
-/// While this lives, an environment's QEMUs and the data plane go first.
+/// An environment's QEMUs, which have their usual priority again when this is dropped, whoever has hurried them.
 #[derive(Debug)]
-pub(crate) struct Hurried<'a> {
+pub(crate) struct Haste<'a> {
     services: Vec<Service>,
-    _plane: HurriedPlane<'a>,
+    plane: Option<HurriedPlane<'a>>,
 }
 
-impl<'a> Hurried<'a> {
-    pub(crate) fn begin(services: Vec<Service>, plane: &'a DataPlane) -> Self {
-        for service in &services {
+impl<'a> Haste<'a> {
+    /// Nobody is hurried yet.
+    pub(crate) fn new(services: Vec<Service>) -> Self {
+        Self { services, plane: None }
+    }
+
+    /// From now on they go first, and the data plane with them.
+    pub(crate) fn begin(&mut self, plane: &'a DataPlane) {
+        for service in &self.services {
             service.hurry();
         }
-        Self { services, _plane: HurriedPlane::begin(plane) }
+        self.plane.get_or_insert_with(|| HurriedPlane::begin(plane));
     }
 }
 
-impl Drop for Hurried<'_> {
+impl Drop for Haste<'_> {
     fn drop(&mut self) {
         for service in &self.services {
             service.schedule(Policy::Normal { nice: 0 });

@@ -97,6 +97,8 @@ pub enum Policy {
     First,
     /// Before everything but [`Policy::First`]; likewise.
     Second,
+    /// Before everything but these two; likewise, for threads that have little to do.
+    Third,
 }
 
 /// Starts QEMU as leader of a session of its own, with standard input empty and its output appended to `log`.
@@ -277,8 +279,9 @@ pub fn set_thread_policy(thread: u32, policy: Policy) -> Result<(), ProcessError
         Policy::Normal { nice } => (libc::SCHED_OTHER, Some(nice), 0),
         Policy::Idle => (libc::SCHED_IDLE, None, 0),
         // Threads that it starts meanwhile are ordinary ones.
-        Policy::First => (libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, None, 2),
-        Policy::Second => (libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, None, 1),
+        Policy::First => (libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, None, 3),
+        Policy::Second => (libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, None, 2),
+        Policy::Third => (libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, None, 1),
     };
     let parameters = libc::sched_param { sched_priority };
     let set = |scheduler| {

@@ -132,7 +132,7 @@ impl Attempt<'_> {
                 .collect();
             parts.into_iter().map(|part| part.join().expect("storing does not panic")).collect::<Vec<_>>()
         });
-        self.hurried = None;
+        self.haste = None;
         // Every part ends before any error is reported: threads must not outlive the attempt.
         let mut records: Vec<MachineRecord> = parts.into_iter().collect::<Result<_, _>>()?;
         let outcome = self.outcome.as_ref().ok_or_else(|| defect("machines without a cut"))?;

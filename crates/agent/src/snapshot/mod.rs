@@ -42,7 +42,7 @@ use diorama_switch::{NetworkId, PeerId};
 use crate::Agent;
 use crate::capture::Capture;
 use crate::dataplane::{CutJob, CutMachine, CutOutcome, Goal, SegmentId, Stopped};
-use crate::haste::Hurried;
+use crate::haste::Haste;
 use crate::keeper::Keeper;
 use crate::operation::Operation;
 use crate::problem::{cut_error, store_error};
@@ -83,8 +83,8 @@ pub(crate) struct Attempt<'a> {
     /// The highest epoch that the record on disk allows for.
     reserved: Epoch,
     outcome: Option<CutOutcome>,
-    /// From the preparation until all is stored; dropped after captures, which hurry threads as well.
-    hurried: Option<Hurried<'a>>,
+    /// From the cut until all is stored; dropped after captures, which hurry threads as well.
+    haste: Option<Haste<'a>>,
     /// Frames in flight are being recorded there.
     recording: Option<(SegmentId, diorama_switch::Epoch)>,
     /// What was recorded.
@@ -230,7 +230,7 @@ impl<'a> Attempt<'a> {
             ready: None,
             reserved: Epoch(0),
             outcome: None,
-            hurried: None,
+            haste: None,
             recording: None,
             stopped: None,
             created: String::new(),
@@ -336,6 +336,9 @@ impl Attempt<'_> {
         let cut = self.agent.plane.cut(segment, CutJob { goal, machines, bound });
         self.created = crate::up::now();
         let outcome = cut.recv().expect("the data plane answers every cut");
+        if let Some(haste) = &mut self.haste {
+            haste.begin(&self.agent.plane);
+        }
         for (machine, result) in self.machines.iter_mut().zip(&outcome.machines) {
             machine.pivoted = result.pivoted;
             machine.migrating = result.migrating;

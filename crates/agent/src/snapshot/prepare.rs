@@ -16,7 +16,7 @@ use crate::Agent;
 use crate::capture::{Capture, CaptureError, Gating};
 use crate::dataplane::{Command, CutJob, CutMachine, Goal, Monitor, Resume, SegmentId, wait_until_read};
 use crate::disks::{new_layer, reconcile};
-use crate::haste::{Hurried, Service};
+use crate::haste::{Haste, Service};
 use crate::keeper::Keeper;
 use crate::launch::{COMMAND_LIMIT, SocketPaths};
 use crate::memory::HostMemory;
@@ -120,8 +120,7 @@ impl Attempt<'_> {
         // Half of what is free at the most, for all machines together: untouched memory is backed then.
         let mut huge_budget = HostMemory::now().map_or(0, |memory| memory.available) / 2;
         let services = self.services();
-        let plane = &self.agent.plane;
-        self.hurried.get_or_insert_with(|| Hurried::begin(services.clone(), plane));
+        self.haste.get_or_insert_with(|| Haste::new(services.clone()));
         let plans: Vec<Plan> = self
             .machines
             .iter()
