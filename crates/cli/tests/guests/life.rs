@@ -36,6 +36,8 @@ fn three_machines_on_two_networks() {
     // Frames of either network stay in it, and pass through the router once it forwards.
     lab.shell("routed", "left", "ip route add default via 10.1.0.1");
     lab.shell("routed", "right", "ip route add default via 10.2.0.1");
+    // Waits until it has booted.
+    lab.shell("routed", "router", "true");
     lab.shell("routed", "left", "ping -c 1 -W 5 10.1.0.1");
     assert_ne!(lab.try_shell("routed", "left", "ping -c 1 -W 1 10.2.0.2").status, Some(0));
     lab.shell("routed", "router", "echo 1 > /proc/sys/net/ipv4/ip_forward");
