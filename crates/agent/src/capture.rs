@@ -58,7 +58,7 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 pub(crate) enum Gating {
     /// Never.
     Open,
-    /// From the first byte on, and QEMU finds the socket full.
+    /// From the first byte on, and QEMU finds the socket full: a live capture.
     FromStart,
     /// When most of the memory has come.
     AfterMost,
@@ -182,7 +182,7 @@ impl Capture {
         let filler_bytes = match gating {
             Gating::FromStart => fill(&theirs).map_err(failed)?,
             Gating::Open | Gating::AfterMost => {
-                set_buffer(&theirs, live.is_some());
+                set_buffer(&theirs, if live.is_some() { LIVE_BUFFER_BYTES } else { SOCKET_BUFFER_BYTES });
                 0
             }
         };
@@ -363,15 +363,10 @@ fn fill(theirs: &UnixStream) -> std::io::Result<usize> {
     result
 }
 
-fn set_buffer(theirs: &UnixStream, live: bool) {
-    if live {
-        // Whatever it is, the capture works.
-        let _ = setsockopt(theirs, sockopt::SndBuf, &LIVE_BUFFER_BYTES);
-        return;
-    }
+fn set_buffer(theirs: &UnixStream, bytes: usize) {
     // Root may have more than the usual bound; others take what they get.
-    if setsockopt(theirs, sockopt::SndBufForce, &SOCKET_BUFFER_BYTES).is_err() {
-        let _ = setsockopt(theirs, sockopt::SndBuf, &SOCKET_BUFFER_BYTES);
+    if setsockopt(theirs, sockopt::SndBufForce, &bytes).is_err() {
+        let _ = setsockopt(theirs, sockopt::SndBuf, &bytes);
     }
 }
 
@@ -405,7 +400,7 @@ fn split(
     let mut passed = gated.gating != Gating::AfterMost;
     if gated.gating == Gating::FromStart {
         gated.gate.pass();
-        set_buffer(&gated.theirs, gated.live.is_some());
+        set_buffer(&gated.theirs, LIVE_BUFFER_BYTES);
     }
     // Or this end would keep the socket open when QEMU has closed it.
     drop(gated.theirs);

@@ -6,9 +6,10 @@
 //! more than its share before, it may be late by a tenth of a second. So they go before ordinary threads from the cut until all
 //! is stored (before it, they would make hosts be cut apart from each other); the [pace](crate::pace) keeps what captures take of the processors within bounds.
 
-use diorama_qemu::process::{Policy, set_thread_policy, threads_of};
+use diorama_qemu::process::{Policy, threads_of};
 
 use crate::dataplane::DataPlane;
+use crate::priority::schedule_threads;
 
 /// A QEMU whose machine runs.
 #[derive(Debug, Clone)]
@@ -25,11 +26,7 @@ impl Service {
     }
 
     fn schedule(&self, policy: Policy) {
-        for thread in threads_of(self.pid, &self.vcpu_threads) {
-            if let Err(error) = set_thread_policy(thread, policy) {
-                tracing::debug!(thread, %error, "a thread of QEMU keeps its priority");
-            }
-        }
+        schedule_threads(&threads_of(self.pid, &self.vcpu_threads), policy);
     }
 }
 

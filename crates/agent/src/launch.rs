@@ -15,7 +15,7 @@ use diorama_api::{ApiError, ErrorKind};
 use diorama_qemu::capability::Qemu;
 use diorama_qemu::command_line::{self, BootSource, Listener, MachineConfig, NicConfig, RamSource, Sockets};
 use diorama_qemu::migration::postcopy::Opening;
-use diorama_qemu::process::{self, Policy, ProcessId, Spawned, set_thread_policy};
+use diorama_qemu::process::{self, Policy, ProcessId, Spawned};
 use diorama_qemu::qmp::{Client, QmpError};
 use diorama_switch::{Epoch, NetworkConfig, NetworkId, PortId, Switch};
 use diorama_topology::Environment;
@@ -26,6 +26,7 @@ use crate::dataplane::{Segment, VCPU_NICE};
 use crate::disks;
 use crate::lazy::{Load, Loading};
 use crate::operation::Operation;
+use crate::priority::schedule_threads;
 use crate::problem::{io_error, qmp_error};
 use crate::record::{AcceleratorRecord, BootRecord, DiskRecord, HardwareRecord, ProcessRecord};
 use crate::slot::{Running, RunningMachine};
@@ -153,11 +154,7 @@ pub(crate) fn find_vcpu_threads(monitor: &mut Client) -> Result<Vec<u32>, QmpErr
         .flatten()
         .filter_map(|cpu| u32::try_from(cpu["thread-id"].as_u64()?).ok())
         .collect();
-    for thread in &threads {
-        if let Err(error) = set_thread_policy(*thread, Policy::Normal { nice: VCPU_NICE }) {
-            tracing::debug!(thread, %error, "a virtual CPU keeps its priority");
-        }
-    }
+    schedule_threads(&threads, Policy::Normal { nice: VCPU_NICE });
     Ok(threads)
 }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 const LEAST_RATE: u64 = 10_000;
 /// More than QEMU can do.
 const MOST_RATE: u64 = 400_000;
-/// What is never exceeded, for machines of any size, but for a computer that is much too slow: the time of the whole.
+/// How long a whole capture is to take at the most. Machines of many GiB take as long as QEMU takes at full speed.
 const LONGEST_SECONDS: u64 = 10;
 /// How often the pace is changed. (The kernel counts idle time in hundredths of seconds.)
 const CHANGE_INTERVAL: Duration = Duration::from_millis(50);

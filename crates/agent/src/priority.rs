@@ -1,4 +1,4 @@
-//! The priority of the agent's own threads. Only root may raise it; for others nothing changes.
+//! The priority of the agent's own threads and of QEMU's. Only root may raise it; for others nothing changes.
 
 use diorama_qemu::process::{Policy, set_thread_policy};
 
@@ -7,5 +7,14 @@ pub(crate) fn schedule_this_thread(policy: Policy, what: &'static str) {
     let thread = nix::unistd::gettid().as_raw().cast_unsigned();
     if let Err(error) = set_thread_policy(thread, policy) {
         tracing::debug!(what, %error, "a thread keeps its priority");
+    }
+}
+
+/// Schedules these threads so.
+pub(crate) fn schedule_threads(threads: &[u32], policy: Policy) {
+    for thread in threads {
+        if let Err(error) = set_thread_policy(*thread, policy) {
+            tracing::debug!(thread, ?policy, %error, "a thread keeps its priority");
+        }
     }
 }

@@ -354,8 +354,7 @@ impl Agent {
         wanted: impl Fn(&str) -> bool,
         operation: &Operation,
     ) -> Result<Loaded, ApiError> {
-        let mut keep = self.slots.snapshots_in_use();
-        keep.push(stored.id);
+        let keep = self.slots.snapshots_in_use();
         self.cache.load(&self.store, stored, &wanted, &keep, operation)
     }
 

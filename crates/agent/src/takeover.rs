@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use diorama_api::ApiError;
-use diorama_qemu::process::{Policy, ProcessId, set_thread_policy, threads_of};
+use diorama_qemu::process::{Policy, ProcessId, threads_of};
 use diorama_qemu::qmp::{Client, QmpError};
 use diorama_switch::{Epoch, PortId};
 use diorama_topology::EnvironmentName;
@@ -23,6 +23,7 @@ use crate::Agent;
 use crate::dataplane::{Segment, SegmentId};
 use crate::disks::reconcile;
 use crate::launch::{COMMAND_LIMIT, SocketPaths, build_switch, find_vcpu_threads, nic_socket};
+use crate::priority::schedule_threads;
 use crate::problem::io_error;
 use crate::record::{Phase, Record};
 use crate::slot::{RUNTIME_FOLDER, Running, RunningMachine, Slot};
@@ -243,11 +244,7 @@ impl Agent {
         }
         let threads = find_vcpu_threads(&mut monitor)?;
         // The agent before may have died within a cut or a live capture, when they went before everything else.
-        for thread in threads_of(machine.process.pid, &threads) {
-            if let Err(error) = set_thread_policy(thread, Policy::Normal { nice: 0 }) {
-                tracing::debug!(thread, %error, "a thread of QEMU keeps its priority");
-            }
-        }
+        schedule_threads(&threads_of(machine.process.pid, &threads), Policy::Normal { nice: 0 });
         match machine_rest(record, index) {
             Some(crate::record::Rest::Paused) => {
                 let held = ports.to_vec();

@@ -36,6 +36,7 @@ use super::plane::{Io, schedule_plane};
 use super::segment::Segment;
 use crate::capture::GateHandle;
 use crate::haste::HURRIED;
+use crate::priority::schedule_threads;
 
 /// How long QEMU may take to read what was written to it before its `stop` is sent all the same. A guest whose
 /// receive ring stays full that long (or that has no driver yet) is cut with frames inside QEMU; this is counted.
@@ -920,7 +921,7 @@ impl Progress {
     /// Changes its virtual CPUs' priority; only for a user who can take it back.
     fn schedule_guest(&self, policy: Policy) {
         if may_return_from_idle() {
-            schedule(&self.machine.vcpu_threads, policy);
+            schedule_threads(&self.machine.vcpu_threads, policy);
         }
     }
 
@@ -929,13 +930,9 @@ impl Progress {
         prefer_others(&self.machine.vcpu_threads, yes);
     }
 
-    /// First of all until the machine's release.
+    /// Changes the priority of QEMU's other threads, which go first until the machine's release.
     fn schedule_service(&self, policy: Policy) {
-        for thread in &self.machine.service_threads {
-            if let Err(error) = set_thread_policy(*thread, policy) {
-                tracing::debug!(thread, %error, "a thread of QEMU keeps its priority");
-            }
-        }
+        schedule_threads(&self.machine.service_threads, policy);
     }
 
     fn finish(&mut self, release: Option<Hold>, segment: &mut Segment, io: &mut Io<'_>) {
@@ -997,15 +994,7 @@ pub(crate) fn prefer_others(vcpu_threads: &[u32], yes: bool) {
         return;
     }
     let policy = if yes { Policy::Idle } else { Policy::Normal { nice: super::plane::VCPU_NICE } };
-    schedule(vcpu_threads, policy);
-}
-
-fn schedule(vcpu_threads: &[u32], policy: Policy) {
-    for thread in vcpu_threads {
-        if let Err(error) = set_thread_policy(*thread, policy) {
-            tracing::debug!(thread, %error, "a virtual CPU's scheduling policy stays as it is");
-        }
-    }
+    schedule_threads(vcpu_threads, policy);
 }
 
 /// Whether this user's threads can leave the idle policy again: without privilege they stay in it for ever. Tried once,
