@@ -45,6 +45,12 @@ const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 /// The same for the memory of a live capture: as much as QEMU is to do between two looks of its reader, some ten pages or eighty
 /// that are zero. (QEMU goes on when three quarters have been read.)
 const LIVE_BUFFER_BYTES: usize = 32 << 10;
+/// The same in its [opening](Pace::is_opening): one page. (The kernel doubles it and sends at most half of that at once, less 64
+/// bytes; a page has 13 before it. What it then takes of memory is more than the buffer, so a second page waits.)
+const OPENING_BUFFER_BYTES: usize = 4096 + 128;
+/// How long QEMU may write nothing before the opening ends: until then its end of the socket is open here as well, and nothing
+/// tells that QEMU has closed it.
+const OPENING_SILENCE: Duration = Duration::from_secs(2);
 /// The most device state that a machine may have. A few MiB are usual.
 const MOST_STATE_BYTES: usize = 256 << 20;
 /// In pre-copy, the part of the memory that comes before the gate closes, in percent.
@@ -182,7 +188,7 @@ impl Capture {
         let filler_bytes = match gating {
             Gating::FromStart => fill(&theirs).map_err(failed)?,
             Gating::Open | Gating::AfterMost => {
-                set_buffer(&theirs, if live.is_some() { LIVE_BUFFER_BYTES } else { SOCKET_BUFFER_BYTES });
+                set_buffer(&theirs, SOCKET_BUFFER_BYTES);
                 0
             }
         };
@@ -341,7 +347,7 @@ struct Gated<'a> {
     gating: Gating,
     /// Whose machine is captured live, if it is.
     live: Option<Service>,
-    /// QEMU's end, for the size of its buffer.
+    /// QEMU's end.
     theirs: UnixStream,
 }
 
@@ -384,6 +390,47 @@ pub(crate) fn read_out(stream: &mut UnixStream) -> std::io::Result<()> {
     }
 }
 
+/// Where the stream comes from.
+struct Source<'a> {
+    ours: &'a mut UnixStream,
+    /// QEMU's end, for the size of its buffer, while that is to change.
+    theirs: Option<UnixStream>,
+}
+
+impl<'a> Source<'a> {
+    /// A `live` capture begins with its opening.
+    fn begin(ours: &'a mut UnixStream, theirs: UnixStream, live: bool) -> std::io::Result<Self> {
+        // Otherwise this end would keep the socket open when QEMU has closed it.
+        let theirs = live.then_some(theirs);
+        if let Some(theirs) = &theirs {
+            set_buffer(theirs, OPENING_BUFFER_BYTES);
+            ours.set_read_timeout(Some(OPENING_SILENCE))?;
+        }
+        Ok(Self { ours, theirs })
+    }
+
+    /// From now on the socket takes more than a page, and its other end is QEMU's alone.
+    fn end_opening(&mut self) -> std::io::Result<()> {
+        if let Some(theirs) = self.theirs.take() {
+            set_buffer(&theirs, LIVE_BUFFER_BYTES);
+            self.ours.set_read_timeout(None)?;
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, chunk: &mut [u8]) -> std::io::Result<usize> {
+        loop {
+            match self.ours.read(chunk) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && self.theirs.is_some() => {
+                    self.end_opening()?;
+                }
+                result => return result,
+            }
+        }
+    }
+}
+
 fn split(
     machine: &str,
     stream: &mut UnixStream,
@@ -398,22 +445,19 @@ fn split(
     let mut chunk = vec![0; CHUNK_BYTES];
     let gate_pages = memory_bytes / 4096 * GATE_PERCENT / 100;
     let mut passed = gated.gating != Gating::AfterMost;
+    let failed = |source| CaptureError::Read { machine: machine.to_owned(), source };
     if gated.gating == Gating::FromStart {
         gated.gate.pass();
-        set_buffer(&gated.theirs, LIVE_BUFFER_BYTES);
     }
-    // Or this end would keep the socket open when QEMU has closed it.
-    drop(gated.theirs);
+    let mut source = Source::begin(stream, gated.theirs, gated.live.is_some()).map_err(failed)?;
     let mut pace = None;
     loop {
         if gated.gate.discarding.load(Ordering::Relaxed) {
             return Err(CaptureError::GivenUp);
         }
-        let read = match stream.read(&mut chunk) {
-            Ok(0) => break,
-            Ok(read) => read,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-            Err(source) => return Err(CaptureError::Read { machine: machine.to_owned(), source }),
+        let read = match source.read(&mut chunk).map_err(failed)? {
+            0 => break,
+            read => read,
         };
         splitter
             .feed(&chunk[..read], &mut ram)
@@ -429,7 +473,12 @@ fn split(
                     service.hurry();
                     Pace::new(memory_bytes / 4096)
                 });
-                std::thread::sleep(pace.next(splitter.pages_seen()));
+                std::thread::sleep(pace.next(splitter.pages_seen(), splitter.jumps()));
+                if !pace.is_opening() {
+                    source.end_opening().map_err(failed)?;
+                }
+            } else {
+                source.end_opening().map_err(failed)?;
             }
         }
         if !passed && splitter.pages_seen() >= gate_pages {

@@ -13,7 +13,7 @@
 //! | `priority` | how its own threads are scheduled |
 //! | `takeover` | machines that outlived the agent before |
 //! | `keeper` | live captures whose agent has died |
-//! | `pace`, `haste` | how live captures and guests share the processors |
+//! | `pace`, `haste`, `processors` | how snapshots and guests share the processors |
 //! | `ram_cache` | snapshots' memory, ready to be mapped |
 //! | `transfer`, `extract`, `diff` | snapshots as files, in other stores, compared |
 //! | `guest` | commands and consoles inside machines |
@@ -48,6 +48,7 @@ mod pace;
 mod pause;
 mod priority;
 mod problem;
+mod processors;
 mod ram_cache;
 mod record;
 mod restore;

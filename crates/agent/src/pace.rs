@@ -1,11 +1,21 @@
-//! How fast a live capture goes.
+//! How a snapshot's work shares the processors with guests.
 //!
 //! QEMU's capture thread takes a processor for as long as its reader lets it: some 4 µs a page, three system calls, zero or not.
 //! On a computer whose processors guests need, captures at full speed leave these standing for tenths of seconds: long enough
-//! for TCP to send again what is only late. So the reader sets the pace: it begins gently, goes faster while
+//! for TCP to send again what is only late. So the reader sets the [`Pace`]: it begins gently, goes faster while
 //! processors are idle, and slower while none is.
+//!
+//! A guest that writes to a page which is not saved yet waits until it is. After the cut that happens to every page that its
+//! kernel and its programs write to: some two hundred fifty, all within a tenth of a second if nothing else holds them up. QEMU
+//! sends such a page before others, but not before those that it is already writing to a full socket; so for the
+//! *opening* of a capture the socket takes a single page, and whenever one came out of turn, the reader looks again at once.
+//! (Socket for ten pages, one look for all of them: guests took 130 ms over it, and TCP sent again.)
+//!
+//! What can wait, huge pages before the cut and storing after it, is done with [`Breaks`].
 
 use std::time::{Duration, Instant};
+
+use crate::processors::Processors;
 
 /// Pages a second at the least and at the beginning, of each machine: about a twentieth of a processor.
 const LEAST_RATE: u64 = 10_000;
@@ -21,6 +31,17 @@ const MUCH_IDLE_PERCENT: u64 = 20;
 const LITTLE_IDLE_PERCENT: u64 = 5;
 /// The shortest time between two looks: a reader that is woken for every page costs more than the page does.
 const LOOK_INTERVAL: Duration = Duration::from_micros(50);
+/// The opening ends when for so long no page has come out of turn,
+const OPENING_CALM: Duration = Duration::from_millis(20);
+/// but not before this
+const OPENING_LEAST: Duration = Duration::from_millis(100);
+/// nor after this.
+const OPENING_MOST: Duration = Duration::from_millis(400);
+/// How many looks follow at once on a page that came out of turn: within the opening the page that was being written meanwhile
+/// comes first, and the guest, which goes on, will soon need another.
+const OPENING_URGENT_LOOKS: u32 = 4;
+/// The same later.
+const URGENT_LOOKS: u32 = 1;
 
 /// The pace of one capture.
 #[derive(Debug)]
@@ -28,33 +49,59 @@ pub(crate) struct Pace {
     /// In pages a second.
     rate: u64,
     least: u64,
+    began: Instant,
+    opening: bool,
     /// The pages that had come at the last look, and when that was.
     pages: u64,
     looked: Instant,
-    changed: Instant,
-    processors: Option<Processors>,
+    /// How often pages had come out of turn at the last look, and when that was last seen to have grown.
+    jumps: u64,
+    jumped: Instant,
+    /// Looks that are still to follow at once.
+    urgent_looks: u32,
+    load: Load,
 }
 
 impl Pace {
-    /// For a machine with so many pages.
+    /// For a machine with so many pages, from the first of them on.
     pub(crate) fn new(memory_pages: u64) -> Self {
         let least = (memory_pages / LONGEST_SECONDS).clamp(LEAST_RATE, MOST_RATE);
         let now = Instant::now();
-        Self { rate: least, least, pages: 0, looked: now, changed: now, processors: Processors::now() }
+        Self {
+            rate: least,
+            least,
+            began: now,
+            opening: true,
+            pages: 0,
+            looked: now,
+            jumps: 0,
+            jumped: now,
+            urgent_looks: 0,
+            load: Load::new(now),
+        }
     }
 
-    /// How long the reader waits when so many pages have come in all.
-    pub(crate) fn next(&mut self, pages: u64) -> Duration {
+    /// Whether the guest writes again to what it always writes to.
+    pub(crate) fn is_opening(&self) -> bool {
+        self.opening
+    }
+
+    /// How long the reader waits when so many pages have come in all, and so many times out of turn.
+    pub(crate) fn next(&mut self, pages: u64, jumps: u64) -> Duration {
         let now = Instant::now();
-        if now - self.changed >= CHANGE_INTERVAL {
-            self.changed = now;
-            let processors = Processors::now();
-            if let (Some(before), Some(after)) = (self.processors, processors) {
-                self.rate = change(self.rate, self.least, after.idle_percent_since(before));
-            }
-            self.processors = processors;
+        if let Some(idle_percent) = self.load.idle_percent(now) {
+            self.rate = change(self.rate, self.least, idle_percent);
         }
-        let due = self.looked + span(pages - self.pages, self.rate).max(LOOK_INTERVAL);
+        if jumps != self.jumps {
+            self.jumps = jumps;
+            self.jumped = now;
+            self.urgent_looks = if self.opening { OPENING_URGENT_LOOKS } else { URGENT_LOOKS };
+        }
+        let worth = if self.urgent_looks > 0 { Duration::ZERO } else { span(pages - self.pages, self.rate) };
+        self.urgent_looks = self.urgent_looks.saturating_sub(1);
+        let (since, calm) = (now - self.began, now - self.jumped);
+        self.opening &= since < OPENING_LEAST || (calm < OPENING_CALM && since < OPENING_MOST);
+        let due = self.looked + worth.max(LOOK_INTERVAL);
         self.pages = pages;
         // Late or not: what was missed is not made up for, or guests would get it all at once.
         self.looked = due.max(now);
@@ -75,34 +122,57 @@ fn change(rate: u64, least: u64, idle_percent: u64) -> u64 {
     rate.clamp(least, MOST_RATE)
 }
 
-/// What all processors together have done since the computer started, in the kernel's ticks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Processors {
-    idle: u64,
-    all: u64,
+/// Breaks in a thread's work beside running guests: unless processors are idle, it rests for as long as it has worked.
+#[derive(Debug)]
+pub(crate) struct Breaks {
+    /// When it went on after the last.
+    since: Instant,
+    idle_percent: u64,
+    load: Load,
 }
 
-impl Processors {
-    fn now() -> Option<Self> {
-        Self::parse(&std::fs::read_to_string("/proc/stat").ok()?)
+impl Breaks {
+    /// The work begins.
+    pub(crate) fn new() -> Self {
+        let now = Instant::now();
+        Self { since: now, idle_percent: 0, load: Load::new(now) }
     }
 
-    /// See proc_stat(5).
-    fn parse(text: &str) -> Option<Self> {
-        let line = text.lines().find_map(|line| line.strip_prefix("cpu "))?;
-        // User, nice, system, idle, waiting for a device, interrupts, soft interrupts, stolen. (Guests' time is in user's.)
-        let ticks: Vec<u64> = line.split_whitespace().take(8).map_while(|ticks| ticks.parse().ok()).collect();
-        let [_, _, _, idle, waiting, ..] = ticks[..] else { return None };
-        Some(Self {
-            idle: idle.saturating_add(waiting),
-            all: ticks.iter().fold(0, |sum, ticks| sum.saturating_add(*ticks)),
-        })
+    /// A short piece of it is done.
+    pub(crate) fn take(&mut self) {
+        let now = Instant::now();
+        self.idle_percent = self.load.idle_percent(now).unwrap_or(self.idle_percent);
+        if self.idle_percent < MUCH_IDLE_PERCENT {
+            // A piece that took long had to wait for something itself.
+            std::thread::sleep((now - self.since).min(LONGEST_BREAK));
+        }
+        self.since = Instant::now();
+    }
+}
+
+/// The longest of the [`Breaks`].
+const LONGEST_BREAK: Duration = Duration::from_millis(20);
+
+/// What part of the processors is idle, looked at now and then.
+#[derive(Debug)]
+struct Load {
+    looked: Instant,
+    processors: Option<Processors>,
+}
+
+impl Load {
+    fn new(now: Instant) -> Self {
+        Self { looked: now, processors: Processors::now() }
     }
 
-    fn idle_percent_since(self, before: Self) -> u64 {
-        let all = self.all.saturating_sub(before.all);
-        // Nothing counted yet: as if nothing were idle.
-        (self.idle.saturating_sub(before.idle) * 100).checked_div(all).unwrap_or(0)
+    /// What it was since the last look; `None` when that was just now.
+    fn idle_percent(&mut self, now: Instant) -> Option<u64> {
+        if now - self.looked < CHANGE_INTERVAL {
+            return None;
+        }
+        self.looked = now;
+        let before = std::mem::replace(&mut self.processors, Processors::now());
+        Some(self.processors?.idle_percent_since(before?))
     }
 }
 
@@ -135,24 +205,70 @@ mod tests {
     #[test]
     fn the_reader_waits_as_long_as_the_pages_are_worth() {
         let mut pace = Pace::new(65_536);
-        let wait = pace.next(250);
+        let wait = pace.next(250, 0);
         assert!(wait <= Duration::from_millis(25) && wait > Duration::from_millis(15), "{wait:?}");
         // Long past: only the look's own time counts.
         pace.looked -= Duration::from_secs(1);
-        assert_eq!(pace.next(500), Duration::ZERO);
-        let wait = pace.next(500);
+        assert_eq!(pace.next(500, 0), Duration::ZERO);
+        let wait = pace.next(500, 0);
         assert!(wait <= LOOK_INTERVAL, "{wait:?}");
     }
 
     #[test]
-    fn the_kernel_counts_idle_time() {
-        let before = Processors::parse("cpu  100 0 50 800 50 0 0 0 30 0\ncpu0 1 1 1 1\n").expect("a line");
-        assert_eq!(before, Processors { idle: 850, all: 1000 });
-        let after = Processors { idle: 900, all: 1100 };
-        assert_eq!(after.idle_percent_since(before), 50);
-        assert_eq!(before.idle_percent_since(before), 0);
-        assert_eq!(Processors::parse("cpu  1 2 3\n"), None);
-        assert_eq!(Processors::parse(""), None);
-        assert!(Processors::now().is_some_and(|now| now.all >= now.idle && now.all > 0));
+    fn a_page_out_of_turn_is_followed_at_once() {
+        let mut pace = Pace::new(65_536);
+        let mut pages = 0;
+        let mut looks = |pace: &mut Pace, jumps: u64| {
+            let wait = |_| {
+                pages += 100;
+                pace.looked = Instant::now();
+                pace.next(pages, jumps) > LOOK_INTERVAL
+            };
+            (0..6).map(wait).collect::<Vec<_>>()
+        };
+        assert_eq!(looks(&mut pace, 0), [true; 6]);
+        assert_eq!(looks(&mut pace, 1), [false, false, false, false, true, true]);
+        pace.opening = false;
+        assert_eq!(looks(&mut pace, 2), [false, true, true, true, true, true]);
+    }
+
+    #[test]
+    fn the_opening_ends_when_it_is_calm() {
+        let mut pace = Pace::new(65_536);
+        let later = |pace: &mut Pace, millis: u64| {
+            pace.began -= Duration::from_millis(millis);
+            pace.jumped -= Duration::from_millis(millis);
+        };
+        pace.next(1, 0);
+        later(&mut pace, 90);
+        pace.next(2, 0);
+        assert!(pace.is_opening());
+        later(&mut pace, 20);
+        pace.next(3, 1);
+        assert!(pace.is_opening(), "a page came out of turn just now");
+        later(&mut pace, 20);
+        pace.next(4, 1);
+        assert!(!pace.is_opening());
+        pace.next(5, 2);
+        assert!(!pace.is_opening(), "once ended, always ended");
+        let mut pace = Pace::new(65_536);
+        later(&mut pace, 400);
+        pace.next(1, 1);
+        assert!(!pace.is_opening(), "it does not last for ever");
+    }
+
+    #[test]
+    fn breaks_are_as_long_as_the_work() {
+        let mut breaks = Breaks::new();
+        breaks.load.looked += Duration::from_secs(3600);
+        breaks.since -= Duration::from_millis(10);
+        let began = Instant::now();
+        breaks.take();
+        assert!(began.elapsed() >= Duration::from_millis(10));
+        assert!(breaks.since >= began + Duration::from_millis(10));
+        breaks.idle_percent = 50;
+        breaks.since -= Duration::from_secs(3600);
+        breaks.take();
+        assert!(breaks.since >= began, "no break: some processors are idle");
     }
 }

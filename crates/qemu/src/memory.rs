@@ -14,8 +14,8 @@ use crate::process::ProcessId;
 
 /// `MADV_COLLAPSE` (Linux 6.1): put the range into huge pages now.
 const MADV_COLLAPSE: libc::c_int = 25;
-/// How much is asked for in one call, so that the caller can stop in between.
-const STEP_BYTES: u64 = 64 << 20;
+/// How much is asked for in one call: a millisecond's work or two.
+const STEP_BYTES: u64 = 4 << 20;
 
 /// The page size of the machines and of the kernel.
 const PAGE_BYTES: usize = 4096;
@@ -43,8 +43,13 @@ pub enum CollapseError {
     },
 }
 
-/// Puts the main memory of a machine into huge pages. The machine may run meanwhile.
-pub fn collapse(process: ProcessId, memory_bytes: u64) -> Result<(), CollapseError> {
+/// Puts the main memory of a machine into huge pages. The machine may run meanwhile; `between` is called after each of the
+/// short steps that this is done in.
+pub fn collapse(
+    process: ProcessId,
+    memory_bytes: u64,
+    mut between: impl FnMut(),
+) -> Result<(), CollapseError> {
     let pid = process.pid;
     let refused = |source| CollapseError::Refused { pid, source };
     let missing = || CollapseError::NoSuchMemory { pid, memory_bytes };
@@ -78,6 +83,7 @@ pub fn collapse(process: ProcessId, memory_bytes: u64) -> Result<(), CollapseErr
             }
         }
         offset += length;
+        between();
     }
     Ok(())
 }

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::sync::{Condvar, Mutex, PoisonError};
 
 use diorama_api::{ApiError, CaptureMode, ErrorKind, InFlightPolicy, MachineState};
 use diorama_cut::loopback::Event;
@@ -18,12 +17,14 @@ use diorama_switch::{NetworkId, PeerId, PortId};
 use super::frozen::CAPTURE_BOUND;
 use super::part::HostPart;
 use super::prepare::capture_error;
+use super::turns::{Turns, threads_beside};
 use super::{Attempt, Machine};
 use crate::Agent;
 use crate::capture::Capture;
 use crate::dataplane::CutOutcome;
 use crate::hardware;
 use crate::operation::Operation;
+use crate::pace::Breaks;
 use crate::priority::schedule_this_thread;
 use crate::problem::{io_error, store_error};
 use crate::record::{self, BootRecord, FormatRecord, Record};
@@ -112,6 +113,7 @@ impl Attempt<'_> {
         self.operation.step("storing");
         let writer = self.writer.as_ref().ok_or_else(|| defect("machines without a writer"))?;
         let ram_folder = self.files.as_ref().ok_or_else(|| defect("machines without memory"))?.folder();
+        let beside_guests = self.machines.iter().any(|machine| machine.runs);
         let job = Job {
             agent: self.agent,
             slot: &self.slot,
@@ -119,7 +121,8 @@ impl Attempt<'_> {
             writer,
             ram_folder,
             operation: self.operation,
-            turns: Turns::new(storing_threads(self.machines.iter().any(|machine| machine.runs))),
+            turns: Turns::new(threads_beside(beside_guests)),
+            beside_guests,
         };
         let parts = std::thread::scope(|scope| {
             let parts: Vec<_> = captures
@@ -265,41 +268,8 @@ struct Job<'a> {
     ram_folder: &'a Path,
     operation: &'a Operation,
     turns: Turns,
-}
-
-/// How many machines are hashed, compressed and written at a time.
-fn storing_threads(machines_run: bool) -> usize {
-    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    // Guests need the rest. Niceness does not give it to them where threads are grouped by session.
-    if machines_run { (processors / 2).max(1) } else { processors }
-}
-
-/// Lets so many threads go on at a time.
-struct Turns {
-    left: Mutex<usize>,
-    ended: Condvar,
-}
-
-struct Turn<'a>(&'a Turns);
-
-impl Turns {
-    fn new(count: usize) -> Self {
-        Self { left: Mutex::new(count), ended: Condvar::new() }
-    }
-
-    fn take(&self) -> Turn<'_> {
-        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut left = self.ended.wait_while(left, |left| *left == 0).unwrap_or_else(PoisonError::into_inner);
-        *left -= 1;
-        Turn(self)
-    }
-}
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        *self.0.left.lock().unwrap_or_else(PoisonError::into_inner) += 1;
-        self.0.ended.notify_one();
-    }
+    /// Whether machines run meanwhile.
+    beside_guests: bool,
 }
 
 impl Job<'_> {
@@ -330,10 +300,14 @@ impl Job<'_> {
         let _turn = self.turns.take();
         self.operation.check()?;
         let ram = File::open(&ram_path).map_err(|error| io_error(&ram_path, &error))?;
+        let mut breaks = self.beside_guests.then(Breaks::new);
         let ram = self
             .writer
             .put_ram(&machine.name, &ram, spec.memory_bytes, &mut |done, total| {
                 self.operation.bytes("storing memory", done, total);
+                if let Some(breaks) = &mut breaks {
+                    breaks.take();
+                }
             })
             .map_err(store_error)?;
         let device_state =

@@ -20,6 +20,7 @@ mod frozen;
 mod joint;
 mod part;
 mod prepare;
+mod turns;
 
 pub(crate) use commit::modified;
 pub(crate) use joint::{protocol_capture, protocol_in_flight};

@@ -11,6 +11,7 @@ use diorama_qemu::process::{ProcessId, threads_of};
 use diorama_qemu::qmp::{Client, Parts, QmpError};
 use serde_json::{Value, json};
 
+use super::turns::{Turns, threads_beside};
 use super::{Attempt, Machine};
 use crate::Agent;
 use crate::capture::{Capture, CaptureError, Gating};
@@ -20,6 +21,7 @@ use crate::haste::{Haste, Service};
 use crate::keeper::Keeper;
 use crate::launch::{COMMAND_LIMIT, SocketPaths};
 use crate::memory::HostMemory;
+use crate::pace::Breaks;
 use crate::problem::{cut_error, io_error, no_space, qmp_error, store_error};
 use crate::record::{DiskRecord, Record};
 use crate::slot::Slot;
@@ -157,10 +159,12 @@ impl Attempt<'_> {
             self.keeper = Some(keeper);
         }
         let keeper = self.keeper.as_ref();
+        let turns = Turns::new(threads_beside(true));
+        let turns = &turns;
         let results: Vec<(usize, Prepared)> = std::thread::scope(|scope| {
             let preparations: Vec<_> = plans
                 .iter()
-                .map(|plan| scope.spawn(move || (plan.index, prepare_one(plan, keeper))))
+                .map(|plan| scope.spawn(move || (plan.index, prepare_one(plan, keeper, turns))))
                 .collect();
             preparations
                 .into_iter()
@@ -438,7 +442,7 @@ pub(super) struct Monitors {
     pivot: Option<Client>,
 }
 
-fn prepare_one(plan: &Plan, keeper: Option<&Keeper>) -> Prepared {
+fn prepare_one(plan: &Plan, keeper: Option<&Keeper>, turns: &Turns) -> Prepared {
     let mut prepared = Prepared {
         overlays: Vec::new(),
         capture: None,
@@ -447,11 +451,16 @@ fn prepare_one(plan: &Plan, keeper: Option<&Keeper>) -> Prepared {
         monitor: Err(unprepared(&plan.name)),
         pivot_monitor: None,
     };
-    prepared.monitor = fill(plan, keeper, &mut prepared);
+    prepared.monitor = fill(plan, keeper, turns, &mut prepared);
     prepared
 }
 
-fn fill(plan: &Plan, keeper: Option<&Keeper>, prepared: &mut Prepared) -> Result<Client, ApiError> {
+fn fill(
+    plan: &Plan,
+    keeper: Option<&Keeper>,
+    turns: &Turns,
+    prepared: &mut Prepared,
+) -> Result<Client, ApiError> {
     let failed = |error: QmpError| qmp_error(&plan.name, &error);
     let mut monitor = Client::connect(&plan.cut_monitor, Instant::now() + COMMAND_LIMIT).map_err(failed)?;
     let live = plan.capture == CaptureMode::Live;
@@ -506,6 +515,7 @@ fn fill(plan: &Plan, keeper: Option<&Keeper>, prepared: &mut Prepared) -> Result
     monitor.send_fd(theirs.as_fd(), CAPTURE_FD, COMMAND_LIMIT).map_err(failed)?;
     drop(theirs);
     if live {
+        let _turn = turns.take();
         collapse(plan);
     }
     if live
@@ -571,7 +581,8 @@ fn collapse(plan: &Plan) {
         tracing::debug!(machine = plan.name, "too little memory is free for huge pages");
         return;
     }
-    if let Err(error) = memory::collapse(plan.process, plan.memory_bytes) {
+    let mut breaks = Breaks::new();
+    if let Err(error) = memory::collapse(plan.process, plan.memory_bytes, || breaks.take()) {
         tracing::debug!(machine = plan.name, %error, "memory stays in small pages");
     }
 }
