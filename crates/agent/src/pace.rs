@@ -37,11 +37,10 @@ const OPENING_CALM: Duration = Duration::from_millis(20);
 const OPENING_LEAST: Duration = Duration::from_millis(100);
 /// nor after this.
 const OPENING_MOST: Duration = Duration::from_millis(400);
-/// How many looks follow at once on a page that came out of turn: within the opening the page that was being written meanwhile
-/// comes first, and the guest, which goes on, will soon need another.
-const OPENING_URGENT_LOOKS: u32 = 4;
-/// The same later.
-const URGENT_LOOKS: u32 = 1;
+/// Within the opening, the longest time between two looks. After a page that came out of turn it begins with the shortest, and
+/// doubles from look to look: the guest, which goes on, will soon need another. (All machines of an environment are in their
+/// opening at the same time, and a look with its page takes some 20 µs of a processor.)
+const OPENING_INTERVAL: Duration = Duration::from_micros(500);
 
 /// The pace of one capture.
 #[derive(Debug)]
@@ -54,11 +53,10 @@ pub(crate) struct Pace {
     /// The pages that had come at the last look, and when that was.
     pages: u64,
     looked: Instant,
-    /// How often pages had come out of turn at the last look, and when that was last seen to have grown.
+    /// How often pages had come out of turn at the last look; when that was last seen to have grown, and how many looks ago.
     jumps: u64,
     jumped: Instant,
-    /// Looks that are still to follow at once.
-    urgent_looks: u32,
+    calm_looks: u32,
     load: Load,
 }
 
@@ -76,7 +74,7 @@ impl Pace {
             looked: now,
             jumps: 0,
             jumped: now,
-            urgent_looks: 0,
+            calm_looks: 0,
             load: Load::new(now),
         }
     }
@@ -92,21 +90,30 @@ impl Pace {
         if let Some(idle_percent) = self.load.idle_percent(now) {
             self.rate = change(self.rate, self.least, idle_percent);
         }
+        self.calm_looks = self.calm_looks.saturating_add(1);
         if jumps != self.jumps {
             self.jumps = jumps;
             self.jumped = now;
-            self.urgent_looks = if self.opening { OPENING_URGENT_LOOKS } else { URGENT_LOOKS };
+            self.calm_looks = 0;
         }
-        let worth = if self.urgent_looks > 0 { Duration::ZERO } else { span(pages - self.pages, self.rate) };
-        self.urgent_looks = self.urgent_looks.saturating_sub(1);
+        let worth = match self.calm_looks {
+            looks if self.opening => opening_wait(looks),
+            0 => LOOK_INTERVAL,
+            _ => span(pages - self.pages, self.rate).max(LOOK_INTERVAL),
+        };
         let (since, calm) = (now - self.began, now - self.jumped);
         self.opening &= since < OPENING_LEAST || (calm < OPENING_CALM && since < OPENING_MOST);
-        let due = self.looked + worth.max(LOOK_INTERVAL);
+        let due = self.looked + worth;
         self.pages = pages;
         // Late or not: what was missed is not made up for, or guests would get it all at once.
         self.looked = due.max(now);
         due.saturating_duration_since(now)
     }
+}
+
+/// How long the reader waits within the opening, so many looks after a page that came out of turn.
+fn opening_wait(calm_looks: u32) -> Duration {
+    LOOK_INTERVAL.saturating_mul(1 << calm_looks.min(10)).min(OPENING_INTERVAL)
 }
 
 fn span(pages: u64, rate: u64) -> Duration {
@@ -205,31 +212,36 @@ mod tests {
     #[test]
     fn the_reader_waits_as_long_as_the_pages_are_worth() {
         let mut pace = Pace::new(65_536);
+        pace.opening = false;
         let wait = pace.next(250, 0);
         assert!(wait <= Duration::from_millis(25) && wait > Duration::from_millis(15), "{wait:?}");
+        let wait = pace.next(500, 1);
+        assert!(
+            wait <= Duration::from_millis(25) + LOOK_INTERVAL,
+            "a page out of turn is followed at once: {wait:?}"
+        );
         // Long past: only the look's own time counts.
         pace.looked -= Duration::from_secs(1);
-        assert_eq!(pace.next(500, 0), Duration::ZERO);
-        let wait = pace.next(500, 0);
+        assert_eq!(pace.next(750, 1), Duration::ZERO);
+        let wait = pace.next(750, 1);
         assert!(wait <= LOOK_INTERVAL, "{wait:?}");
     }
 
     #[test]
-    fn a_page_out_of_turn_is_followed_at_once() {
-        let mut pace = Pace::new(65_536);
-        let mut pages = 0;
-        let mut looks = |pace: &mut Pace, jumps: u64| {
-            let wait = |_| {
-                pages += 100;
-                pace.looked = Instant::now();
-                pace.next(pages, jumps) > LOOK_INTERVAL
-            };
-            (0..6).map(wait).collect::<Vec<_>>()
+    fn in_the_opening_pages_are_taken_when_a_guest_waits() {
+        let waits: Vec<_> = (0..6).map(|looks| opening_wait(looks).as_micros()).collect();
+        assert_eq!(waits, [50, 100, 200, 400, 500, 500]);
+        assert_eq!(opening_wait(u32::MAX), OPENING_INTERVAL);
+        let mut pace = Pace::new(1 << 24);
+        let mut wait = |jumps| {
+            pace.looked = Instant::now();
+            pace.next(1, jumps)
         };
-        assert_eq!(looks(&mut pace, 0), [true; 6]);
-        assert_eq!(looks(&mut pace, 1), [false, false, false, false, true, true]);
-        pace.opening = false;
-        assert_eq!(looks(&mut pace, 2), [false, true, true, true, true, true]);
+        for _ in 0..10 {
+            wait(0);
+        }
+        assert!(wait(0) > LOOK_INTERVAL, "also a large machine");
+        assert!(wait(1) <= LOOK_INTERVAL);
     }
 
     #[test]
