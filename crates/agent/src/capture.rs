@@ -45,9 +45,10 @@ const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 /// The same for the memory of a live capture: as much as QEMU is to do between two looks of its reader, some ten pages or eighty
 /// that are zero. (QEMU goes on when three quarters have been read.)
 const LIVE_BUFFER_BYTES: usize = 32 << 10;
-/// The same in its [opening](Pace::is_opening): one page. (The kernel doubles it and sends at most half of that at once, less 64
-/// bytes; a page has 13 before it. What it then takes of memory is more than the buffer, so a second page waits.)
-const OPENING_BUFFER_BYTES: usize = 4096 + 128;
+/// The same in its [opening](Pace::is_opening): two pages, the one that QEMU is writing already and the one that a guest waits
+/// for, so that one look is enough for this. (The kernel doubles it; a page takes about 9 KiB of that, and the one that goes
+/// beyond it is still let in.)
+const OPENING_BUFFER_BYTES: usize = 6 << 10;
 /// How long QEMU may write nothing before the opening ends: until then its end of the socket is open here as well, and nothing
 /// tells that QEMU has closed it.
 const OPENING_SILENCE: Duration = Duration::from_secs(2);

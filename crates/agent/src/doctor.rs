@@ -6,12 +6,14 @@ use diorama_api::{CheckStatus, DoctorCheck, DoctorReport, Folders};
 use diorama_qemu::capability::{
     self, Accelerator, BackgroundSnapshot, KvmState, Qemu, UserfaultSource, minimum_vcpus,
 };
+use diorama_qemu::process::{Policy, set_thread_policy};
 use diorama_store::Location;
 
+use crate::dataplane::PLANE_POLICY;
 use crate::hardware;
 use crate::images;
 use crate::problem::store_error;
-use crate::ram_cache::{free_bytes, is_in_memory};
+use crate::ram_cache::{Room, free_bytes, is_in_memory};
 use crate::store_location;
 
 /// Looks at this computer, without an agent.
@@ -37,6 +39,7 @@ pub fn doctor() -> DoctorReport {
         let status = if hint.is_none() { CheckStatus::Ok } else { CheckStatus::Warning };
         checks.push(check("live capture", status, found, hint));
     }
+    checks.push(priority());
     match Folders::from_process() {
         Ok(folders) => {
             checks.push(memory(&folders));
@@ -136,12 +139,51 @@ fn sandbox(qemu: &Qemu) -> DoctorCheck {
     }
 }
 
+/// What an agent that this user starts may do so that guests do not wait while it takes a snapshot.
+fn priority() -> DoctorCheck {
+    let name = "priority";
+    let mut lacking = Vec::new();
+    if !may_be_first() {
+        lacking.push("no real-time threads: frames, timers and cuts wait for guests that compute");
+    }
+    if !may_collapse() {
+        lacking.push("no huge pages for running machines: snapshots after the first pause them for 50 ms longer, for each GiB");
+    }
+    if lacking.is_empty() {
+        return ok(name, "threads that guests wait for go before others".to_owned());
+    }
+    let hint = "run the agent as root; for the threads alone, `nice -15` and `rtprio 3` in limits.conf(5) \
+        (`LimitNICE=-15`, `LimitRTPRIO=3` in a systemd unit) suffice";
+    check(name, CheckStatus::Warning, lacking.join("; "), Some(hint.to_owned()))
+}
+
+/// Whether threads of ours may be scheduled as a cut's are.
+fn may_be_first() -> bool {
+    // A thread of its own, whose priority ends with it.
+    let tried = std::thread::spawn(|| {
+        let thread = nix::unistd::gettid().as_raw().cast_unsigned();
+        [Policy::First, PLANE_POLICY].into_iter().all(|policy| set_thread_policy(thread, policy).is_ok())
+    });
+    tried.join().unwrap_or(false)
+}
+
+/// Whether another process's memory may be put into huge pages (process_madvise(2)).
+fn may_collapse() -> bool {
+    const CAP_SYS_NICE: u32 = 23;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask >> CAP_SYS_NICE & 1 == 1)
+}
+
 fn memory(folders: &Folders) -> DoctorCheck {
     let Some(folder) = existing(folders.runtime()) else {
         return check("RAM cache", CheckStatus::Failed, "no folder for it".to_owned(), None);
     };
-    let free = free_bytes(folder).unwrap_or(0) >> 20;
-    let found = format!("{} ({free} MiB free)", folders.runtime().display());
+    let room = Room::beside(folders.runtime(), folder);
+    let (used, free) = room.map_or((0, 0), |room| (room.used_bytes >> 20, room.free_bytes >> 20));
+    let found = format!("{} ({used} MiB used, {free} MiB free for it)", folders.runtime().display());
     if is_in_memory(folder) {
         ok("RAM cache", found)
     } else {

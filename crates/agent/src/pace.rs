@@ -8,7 +8,7 @@
 //! A guest that writes to a page which is not saved yet waits until it is. After the cut that happens to every page that its
 //! kernel and its programs write to: some two hundred fifty, all within a tenth of a second if nothing else holds them up. QEMU
 //! sends such a page before others, but not before those that it is already writing to a full socket; so for the
-//! *opening* of a capture the socket takes a single page, and whenever one came out of turn, the reader looks again at once.
+//! *opening* of a capture the socket takes two pages, and whenever one came out of turn, the reader looks again at once.
 //! (Socket for ten pages, one look for all of them: guests took 130 ms over it, and TCP sent again.)
 //!
 //! What can wait, huge pages before the cut and storing after it, is done with [`Breaks`].

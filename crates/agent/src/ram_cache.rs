@@ -74,7 +74,7 @@ pub(crate) struct NewFiles {
 impl RamCache {
     /// Opens the cache and clears what an agent before left unfinished.
     pub(crate) fn open(runtime: &Path, home: &Path) -> Result<Self, ApiError> {
-        let folder = runtime.join("ram");
+        let folder = cache_folder(runtime);
         let spill = home.join("spill");
         std::fs::create_dir_all(&folder).map_err(|error| io_error(&folder, &error))?;
         for entry in std::fs::read_dir(&folder).map_err(|error| io_error(&folder, &error))?.flatten() {
@@ -232,9 +232,7 @@ impl RamCache {
 
     /// How many bytes may be added, in all the bounds that there are.
     fn free_bytes(&self) -> Option<u64> {
-        let free = free_bytes(&self.folder)?;
-        let memory = if is_in_memory(&self.folder) { HostMemory::now() } else { None };
-        Some(memory.map_or(free, |memory| free.min(allowance(memory, used_bytes(&self.folder)))))
+        Some(Room::of(&self.folder, &self.folder)?.free_bytes)
     }
 
     fn oldest(&self, pins: &Pins, keep: &[SnapshotId]) -> Option<PathBuf> {
@@ -250,6 +248,32 @@ impl RamCache {
             .min()
             .map(|(_, path)| path)
     }
+}
+
+/// How much room a cache has, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Room {
+    pub(crate) used_bytes: u64,
+    /// What may be added, in all the bounds that there are.
+    pub(crate) free_bytes: u64,
+}
+
+impl Room {
+    /// That of the cache of an agent with this runtime folder, whether or not there is one; `there` is what exists of its path.
+    pub(crate) fn beside(runtime: &Path, there: &Path) -> Option<Self> {
+        Self::of(&cache_folder(runtime), there)
+    }
+
+    fn of(cache: &Path, there: &Path) -> Option<Self> {
+        let (free, used) = (free_bytes(there)?, used_bytes(cache));
+        let memory = if is_in_memory(there) { HostMemory::now() } else { None };
+        let free = memory.map_or(free, |memory| free.min(allowance(memory, used)));
+        Some(Self { used_bytes: used, free_bytes: free })
+    }
+}
+
+fn cache_folder(runtime: &Path) -> PathBuf {
+    runtime.join("ram")
 }
 
 /// How much a cache in memory may grow.

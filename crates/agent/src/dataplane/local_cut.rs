@@ -32,7 +32,7 @@ use diorama_switch::{Epoch, Hold, InFlight, NetworkId, PeerId, PortId, Time};
 use serde_json::Value;
 
 use super::command::{Command, Monitor};
-use super::plane::{Io, schedule_plane};
+use super::plane::{Hurry, Io};
 use super::segment::Segment;
 use crate::capture::GateHandle;
 use crate::haste::HURRIED;
@@ -244,6 +244,8 @@ pub(super) struct LocalCut {
     learned: Vec<(NetworkId, [u8; 6], PortId)>,
     failure: Option<CutFailure>,
     done: Sender<CutOutcome>,
+    /// The data plane goes first.
+    _hurry: Hurry,
 }
 
 impl LocalCut {
@@ -251,10 +253,10 @@ impl LocalCut {
     pub(super) fn begin(
         job: CutJob,
         done: Sender<CutOutcome>,
+        hurry: Hurry,
         segment: &mut Segment,
         io: &mut Io<'_>,
     ) -> Self {
-        schedule_plane(Policy::First);
         let now = io.now();
         let machines = job.machines.into_iter().map(Progress::new).collect();
         let mut cut = Self {
@@ -267,6 +269,7 @@ impl LocalCut {
             learned: Vec::new(),
             failure: None,
             done,
+            _hurry: hurry,
         };
         for (index, progress) in cut.machines.iter_mut().enumerate() {
             progress.schedule_service(Policy::First);
@@ -633,7 +636,6 @@ impl LocalCut {
             let channels = segment.channels(epoch).into_iter();
             sent.extend(channels.map(|(peer, network, counts)| (peer, network, counts.sent)));
         }
-        schedule_plane(super::plane::POLICY);
         let held_at = self.held_at;
         let machines = std::mem::take(&mut self.machines)
             .into_iter()

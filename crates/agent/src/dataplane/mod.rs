@@ -30,7 +30,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 pub(crate) use command::{Command, Monitor, wait_until_read};
 pub(crate) use local_cut::{CutFailure, CutJob, CutMachine, CutOutcome, Goal, Resume, prefer_others};
 pub(crate) use peers::{PeerStatus, Span};
-pub(crate) use plane::{Plane, VCPU_NICE};
+pub(crate) use plane::{PLANE_POLICY, Plane, VCPU_NICE};
 pub(crate) use segment::{PortStatus, Segment, SegmentId, Stopped};
 pub use standalone::switch_streams;
 

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
@@ -27,8 +28,8 @@ use crate::priority::schedule_this_thread;
 /// The niceness of virtual CPUs' threads: QEMU's main loop and this thread go before them, or frames and cuts
 /// wait for guests that compute.
 pub(crate) const VCPU_NICE: i32 = 5;
-/// What the data plane asks for itself; only root gets it.
-pub(super) const POLICY: Policy = Policy::Normal { nice: -15 };
+/// What the data plane asks for itself; only who may gets it.
+pub(crate) const PLANE_POLICY: Policy = Policy::Normal { nice: -15 };
 /// Events taken of the kernel at once.
 const EVENTS: usize = 128;
 
@@ -132,8 +133,10 @@ pub(crate) struct Plane {
     /// The segments that have a cut or a replay under way, and so need the clock.
     timed: Vec<SegmentId>,
     next_segment: u32,
-    /// How many wait for it now: cuts that this host stands ready for, guests that are captured.
-    hurried: u32,
+    /// How many wait for this thread now,
+    hurries: Hurries,
+    /// and those of them that are not cuts of a segment: cuts that this host stands ready for, guests that are captured.
+    hurried: Vec<Hurry>,
 }
 
 impl Plane {
@@ -156,13 +159,14 @@ impl Plane {
             segments: BTreeMap::new(),
             timed: Vec::new(),
             next_segment: 1,
-            hurried: 0,
+            hurries: Hurries::default(),
+            hurried: Vec::new(),
         })
     }
 
     /// The thread's body.
     pub(super) fn run(&mut self, tasks: &Receiver<Task>) {
-        schedule_plane(POLICY);
+        schedule_plane(PLANE_POLICY);
         let mut events = [EpollEvent::empty(); EVENTS];
         loop {
             let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
@@ -284,8 +288,11 @@ impl Plane {
 
     /// It goes before ordinary threads, or no more; as often as it was told so.
     pub(crate) fn set_hurried(&mut self, yes: bool) {
-        self.hurried = if yes { self.hurried + 1 } else { self.hurried.saturating_sub(1) };
-        schedule_plane(if self.hurried > 0 { Policy::First } else { POLICY });
+        if yes {
+            self.hurried.push(self.hurries.begin());
+        } else {
+            self.hurried.pop();
+        }
     }
 
     /// Tells every other host of an environment, by the way that frames go, that a cut has begun.
@@ -310,8 +317,9 @@ impl Plane {
             });
             return;
         }
+        let hurry = self.hurries.begin();
         self.with_io(id, |segment, io| {
-            let cut = LocalCut::begin(job, done, segment, io);
+            let cut = LocalCut::begin(job, done, hurry, segment, io);
             segment.set_cut(cut);
             segment.advance(io);
         });
@@ -446,8 +454,32 @@ impl Plane {
     }
 }
 
-/// Changes the data plane's priority.
-pub(super) fn schedule_plane(policy: Policy) {
+/// How many need the data plane to go before ordinary threads: cuts, and who asked for it. For its own thread.
+#[derive(Debug, Clone, Default)]
+struct Hurries(Arc<AtomicU32>);
+
+/// One of them, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Hurry(Hurries);
+
+impl Hurries {
+    fn begin(&self) -> Hurry {
+        if self.0.fetch_add(1, Ordering::Relaxed) == 0 {
+            schedule_plane(Policy::First);
+        }
+        Hurry(self.clone())
+    }
+}
+
+impl Drop for Hurry {
+    fn drop(&mut self) {
+        if self.0.0.fetch_sub(1, Ordering::Relaxed) == 1 {
+            schedule_plane(PLANE_POLICY);
+        }
+    }
+}
+
+fn schedule_plane(policy: Policy) {
     schedule_this_thread(policy, "moving frames");
 }
 
