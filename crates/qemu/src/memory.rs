@@ -14,8 +14,8 @@ use crate::process::ProcessId;
 
 /// `MADV_COLLAPSE` (Linux 6.1): put the range into huge pages now.
 const MADV_COLLAPSE: libc::c_int = 25;
-/// How much is asked for in one call: one huge page. For the millisecond that this takes, the machine's page faults wait.
-const STEP_BYTES: u64 = 2 << 20;
+/// How much is asked for in one call: a millisecond's work or two.
+const STEP_BYTES: u64 = 4 << 20;
 
 /// The page size of the machines and of the kernel.
 const PAGE_BYTES: usize = 4096;

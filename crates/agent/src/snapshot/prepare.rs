@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use diorama_api::{ApiError, CaptureMode, ErrorKind, MachineState};
 use diorama_qemu::command_line::{DiskFormat, DiskLayer, blockdev, format_node};
 use diorama_qemu::memory;
-use diorama_qemu::process::{Policy, ProcessId, threads_of};
+use diorama_qemu::process::{ProcessId, threads_of};
 use diorama_qemu::qmp::{Client, Parts, QmpError};
 use serde_json::{Value, json};
 
@@ -17,12 +17,11 @@ use crate::Agent;
 use crate::capture::{Capture, CaptureError, Gating};
 use crate::dataplane::{Command, CutJob, CutMachine, Goal, Monitor, Resume, SegmentId, wait_until_read};
 use crate::disks::{new_layer, reconcile};
-use crate::haste::{HURRIED, Haste, Service};
+use crate::haste::{Haste, Service};
 use crate::keeper::Keeper;
 use crate::launch::{COMMAND_LIMIT, SocketPaths};
 use crate::memory::HostMemory;
 use crate::pace::Breaks;
-use crate::priority::schedule_this_thread;
 use crate::problem::{cut_error, io_error, no_space, qmp_error, store_error};
 use crate::record::{DiskRecord, Record};
 use crate::slot::Slot;
@@ -582,13 +581,10 @@ fn collapse(plan: &Plan) {
         tracing::debug!(machine = plan.name, "too little memory is free for huge pages");
         return;
     }
-    // Whoever held the lock of the machine's memory and had to wait for a processor would make the guest wait with it.
-    schedule_this_thread(HURRIED, "a guest waits for it");
     let mut breaks = Breaks::new();
     if let Err(error) = memory::collapse(plan.process, plan.memory_bytes, || breaks.take()) {
         tracing::debug!(machine = plan.name, %error, "memory stays in small pages");
     }
-    schedule_this_thread(Policy::Normal { nice: 0 }, "nobody waits for it");
 }
 
 /// Waits until QEMU has read all memory once and waits for its reader: its capture thread sleeps then. Nothing tells
