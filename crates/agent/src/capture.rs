@@ -32,6 +32,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use diorama_qemu::migration::{RamFile, Splitter, StreamError};
+use diorama_qemu::userfault::Userfaults;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::haste::{HURRIED, Service};
@@ -452,6 +453,7 @@ fn split(
     }
     let mut source = Source::begin(stream, gated.theirs, gated.live.is_some()).map_err(failed)?;
     let mut pace = None;
+    let mut faults = Userfaults::default();
     loop {
         if gated.gate.discarding.load(Ordering::Relaxed) {
             return Err(CaptureError::GivenUp);
@@ -472,14 +474,21 @@ fn split(
                     schedule_this_thread(HURRIED, "a guest waits for it");
                     // QEMU's capture thread may be new.
                     service.hurry();
-                    Pace::new(memory_bytes / 4096)
+                    faults = Userfaults::of(service.process).unwrap_or_else(|error| {
+                        tracing::debug!(machine, %error, "it is not seen when a guest waits");
+                        Userfaults::default()
+                    });
+                    Pace::new(memory_bytes / 4096, !faults.is_empty())
                 });
-                std::thread::sleep(pace.next(splitter.pages_seen(), splitter.jumps()));
+                if faults.wait(pace.next(splitter.pages_seen())) {
+                    pace.note_fault();
+                }
                 if !pace.is_opening() {
                     source.end_opening().map_err(failed)?;
                 }
             } else {
                 source.end_opening().map_err(failed)?;
+                faults = Userfaults::default();
             }
         }
         if !passed && splitter.pages_seen() >= gate_pages {

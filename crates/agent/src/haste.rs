@@ -6,7 +6,7 @@
 //! more than its share before, it may be late by a tenth of a second. So they go before ordinary threads from the cut until all
 //! is stored (before it, they would make hosts be cut apart from each other); the [pace](crate::pace) keeps what captures take of the processors within bounds.
 
-use diorama_qemu::process::{Policy, threads_of};
+use diorama_qemu::process::{Policy, ProcessId, threads_of};
 
 use crate::dataplane::DataPlane;
 use crate::priority::schedule_threads;
@@ -14,7 +14,7 @@ use crate::priority::schedule_threads;
 /// A QEMU whose machine runs.
 #[derive(Debug, Clone)]
 pub(crate) struct Service {
-    pub(crate) pid: u32,
+    pub(crate) process: ProcessId,
     /// Its guest: everything but that is hurried.
     pub(crate) vcpu_threads: Vec<u32>,
 }
@@ -26,7 +26,7 @@ impl Service {
     }
 
     fn schedule(&self, policy: Policy) {
-        schedule_threads(&threads_of(self.pid, &self.vcpu_threads), policy);
+        schedule_threads(&threads_of(self.process.pid, &self.vcpu_threads), policy);
     }
 }
 

@@ -7,9 +7,10 @@
 //!
 //! A guest that writes to a page which is not saved yet waits until it is. After the cut that happens to every page that its
 //! kernel and its programs write to: some two hundred fifty, all within a tenth of a second if nothing else holds them up. QEMU
-//! sends such a page before others, but not before those that it is already writing to a full socket; so for the
-//! *opening* of a capture the socket takes two pages, and whenever one came out of turn, the reader looks again at once.
-//! (Socket for ten pages, one look for all of them: guests took 130 ms over it, and TCP sent again.)
+//! sends such a page before others, but not before those that it is already writing to a full socket. So the reader polls
+//! QEMU's userfaultfd while it waits, and reads at once when somebody waits for a page; and for the *opening* of a capture the
+//! socket takes two pages only, so that little else is read with it. (A socket for ten pages, one look for all of them: guests
+//! took 130 ms over their first writes, and TCP sent again.)
 //!
 //! What can wait, huge pages before the cut and storing after it, is done with [`Breaks`].
 
@@ -31,17 +32,17 @@ const MUCH_IDLE_PERCENT: u64 = 20;
 const LITTLE_IDLE_PERCENT: u64 = 5;
 /// The shortest time between two looks: a reader that is woken for every page costs more than the page does.
 const LOOK_INTERVAL: Duration = Duration::from_micros(50);
-/// The opening ends when for so long no page has come out of turn,
+/// The opening ends when for so long nobody has waited for a page,
 const OPENING_CALM: Duration = Duration::from_millis(20);
 /// but not before this
 const OPENING_LEAST: Duration = Duration::from_millis(100);
 /// nor after this.
 const OPENING_MOST: Duration = Duration::from_millis(400);
-/// Within the opening, the time between two looks. (Of 500 µs, guests took twice as long over their first writes.)
-const OPENING_INTERVAL: Duration = Duration::from_micros(150);
-/// Within the opening, so many looks follow at once on a page that came out of turn: the guest, which goes on, will soon need
-/// another.
-const OPENING_URGENT_LOOKS: u32 = 4;
+/// Within the opening, the time between two looks when nobody waits. All machines of an environment are in their opening at
+/// the same time, and a look with its pages takes some 25 µs of a processor.
+const OPENING_INTERVAL: Duration = Duration::from_micros(500);
+/// How far pages that somebody waited for may put off others.
+const LONGEST_DEBT: Duration = Duration::from_millis(10);
 
 /// The pace of one capture.
 #[derive(Debug)]
@@ -54,28 +55,24 @@ pub(crate) struct Pace {
     /// The pages that had come at the last look, and when that was.
     pages: u64,
     looked: Instant,
-    /// How often pages had come out of turn at the last look; when that was last seen to have grown, and how many looks ago.
-    jumps: u64,
-    jumped: Instant,
-    calm_looks: u32,
+    /// When somebody was last seen to wait for a page.
+    fault: Instant,
     load: Load,
 }
 
 impl Pace {
-    /// For a machine with so many pages, from the first of them on.
-    pub(crate) fn new(memory_pages: u64) -> Self {
+    /// For a machine with so many pages, from the first of them on; without an opening where nobody sees whether a guest waits.
+    pub(crate) fn new(memory_pages: u64, opening: bool) -> Self {
         let least = (memory_pages / LONGEST_SECONDS).clamp(LEAST_RATE, MOST_RATE);
         let now = Instant::now();
         Self {
             rate: least,
             least,
             began: now,
-            opening: true,
+            opening,
             pages: 0,
             looked: now,
-            jumps: 0,
-            jumped: now,
-            calm_looks: 0,
+            fault: now,
             load: Load::new(now),
         }
     }
@@ -85,31 +82,29 @@ impl Pace {
         self.opening
     }
 
-    /// How long the reader waits when so many pages have come in all, and so many times out of turn.
-    pub(crate) fn next(&mut self, pages: u64, jumps: u64) -> Duration {
+    /// Somebody waits for a page: the reader does not wait.
+    pub(crate) fn note_fault(&mut self) {
+        self.fault = Instant::now();
+    }
+
+    /// How long the reader waits when so many pages have come in all and nobody waits for one.
+    pub(crate) fn next(&mut self, pages: u64) -> Duration {
         let now = Instant::now();
         if let Some(idle_percent) = self.load.idle_percent(now) {
             self.rate = change(self.rate, self.least, idle_percent);
         }
-        self.calm_looks = self.calm_looks.saturating_add(1);
-        if jumps != self.jumps {
-            self.jumps = jumps;
-            self.jumped = now;
-            self.calm_looks = 0;
-        }
-        let worth = match self.calm_looks {
-            0 => LOOK_INTERVAL,
-            ..OPENING_URGENT_LOOKS if self.opening => LOOK_INTERVAL,
-            _ if self.opening => OPENING_INTERVAL,
-            _ => span(pages - self.pages, self.rate).max(LOOK_INTERVAL),
-        };
-        let (since, calm) = (now - self.began, now - self.jumped);
+        let (since, calm) = (now - self.began, now.saturating_duration_since(self.fault));
         self.opening &= since < OPENING_LEAST || (calm < OPENING_CALM && since < OPENING_MOST);
+        let worth = if self.opening {
+            OPENING_INTERVAL
+        } else {
+            span(pages - self.pages, self.rate).max(LOOK_INTERVAL)
+        };
         let due = self.looked + worth;
         self.pages = pages;
         // Late or not: what was missed is not made up for, or guests would get it all at once.
-        self.looked = due.max(now);
-        due.saturating_duration_since(now)
+        self.looked = due.clamp(now, now + worth.max(LONGEST_DEBT));
+        self.looked - now
     }
 }
 
@@ -201,66 +196,62 @@ mod tests {
     #[test]
     fn large_machines_are_not_captured_for_ever() {
         let pages = (16 << 30) / 4096;
-        let mut pace = Pace::new(pages);
+        let mut pace = Pace::new(pages, true);
         pace.rate = change(pace.rate, pace.least, 0);
         assert!(span(pages, pace.rate) <= Duration::from_secs(LONGEST_SECONDS + 1), "{pace:?}");
     }
 
     #[test]
     fn the_reader_waits_as_long_as_the_pages_are_worth() {
-        let mut pace = Pace::new(65_536);
-        pace.opening = false;
-        let wait = pace.next(250, 0);
+        let mut pace = Pace::new(65_536, false);
+        let wait = pace.next(250);
         assert!(wait <= Duration::from_millis(25) && wait > Duration::from_millis(15), "{wait:?}");
-        let wait = pace.next(500, 1);
-        assert!(
-            wait <= Duration::from_millis(25) + LOOK_INTERVAL,
-            "a page out of turn is followed at once: {wait:?}"
-        );
         // Long past: only the look's own time counts.
         pace.looked -= Duration::from_secs(1);
-        assert_eq!(pace.next(750, 1), Duration::ZERO);
-        let wait = pace.next(750, 1);
+        assert_eq!(pace.next(500), Duration::ZERO);
+        let wait = pace.next(500);
         assert!(wait <= LOOK_INTERVAL, "{wait:?}");
     }
 
     #[test]
-    fn in_the_opening_pages_are_taken_when_a_guest_waits() {
-        let mut pace = Pace::new(1 << 24);
-        let mut urgent = |jumps| {
-            pace.looked = Instant::now();
-            pace.next(1, jumps) <= LOOK_INTERVAL
-        };
-        for _ in 0..OPENING_URGENT_LOOKS {
-            urgent(0);
+    fn pages_that_somebody_waited_for_put_off_others_but_not_for_long() {
+        let mut pace = Pace::new(65_536, true);
+        // The reader did not wait, twice.
+        pace.next(2);
+        pace.next(4);
+        let wait = pace.next(6);
+        assert!(wait > 2 * OPENING_INTERVAL && wait <= 3 * OPENING_INTERVAL, "{wait:?}");
+        for pages in 4..200 {
+            pace.next(2 * pages);
         }
-        assert!(!urgent(0), "also a large machine");
-        let looks: Vec<_> = (0..6).map(|_| urgent(1)).collect();
-        assert_eq!(looks, [true, true, true, true, false, false]);
+        let wait = pace.next(400);
+        assert!(wait <= LONGEST_DEBT, "{wait:?}");
     }
 
     #[test]
     fn the_opening_ends_when_it_is_calm() {
-        let mut pace = Pace::new(65_536);
+        let mut pace = Pace::new(65_536, true);
         let later = |pace: &mut Pace, millis: u64| {
             pace.began -= Duration::from_millis(millis);
-            pace.jumped -= Duration::from_millis(millis);
+            pace.fault -= Duration::from_millis(millis);
         };
-        pace.next(1, 0);
         later(&mut pace, 90);
-        pace.next(2, 0);
+        pace.next(1);
         assert!(pace.is_opening());
         later(&mut pace, 20);
-        pace.next(3, 1);
-        assert!(pace.is_opening(), "a page came out of turn just now");
+        pace.note_fault();
+        pace.next(2);
+        assert!(pace.is_opening(), "somebody waited just now");
         later(&mut pace, 20);
-        pace.next(4, 1);
+        pace.next(3);
         assert!(!pace.is_opening());
-        pace.next(5, 2);
+        pace.note_fault();
+        pace.next(4);
         assert!(!pace.is_opening(), "once ended, always ended");
-        let mut pace = Pace::new(65_536);
+        let mut pace = Pace::new(65_536, true);
         later(&mut pace, 400);
-        pace.next(1, 1);
+        pace.note_fault();
+        pace.next(1);
         assert!(!pace.is_opening(), "it does not last for ever");
     }
 

@@ -14,6 +14,7 @@
 //! | [`core_file`] | where a board has its memory, and ELF core files of it | no |
 //! | [`disk`] | empty overlays and a bounded look at disk images | yes |
 //! | [`memory`] | main memory seen from outside: huge pages | yes |
+//! | [`userfault`] | whether a guest waits for a page that is being captured | yes |
 //! | [`guest_agent`] | commands run inside the guest | yes |
 //!
 //! Guests are hostile, and so is everything that carries their bytes: the migration stream, guest agent replies and
@@ -30,6 +31,7 @@ pub mod process;
 pub mod qcow2;
 pub mod qmp;
 pub mod socket_path;
+pub mod userfault;
 
 #[cfg(test)]
 mod fuzz;

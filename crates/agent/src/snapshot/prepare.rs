@@ -200,8 +200,8 @@ impl Attempt<'_> {
         let state = self.slot.state();
         let connected = state.running.iter().flat_map(|running| &running.machines);
         let vcpu_threads = connected.map(|machine| machine.vcpu_threads.clone());
-        let processes = self.record.machines.iter().map(|machine| machine.process.pid);
-        processes.zip(vcpu_threads).map(|(pid, vcpu_threads)| Service { pid, vcpu_threads }).collect()
+        let processes = self.record.machines.iter().map(|machine| machine.process.into());
+        processes.zip(vcpu_threads).map(|(process, vcpu_threads)| Service { process, vcpu_threads }).collect()
     }
 
     /// Takes back what was prepared, to prepare anew.

@@ -237,9 +237,6 @@ pub struct Splitter {
     ram_section: Option<u32>,
     main_seen: bool,
     block: Block,
-    /// Where the page after the latest one of main memory would be.
-    next_offset: u64,
-    jumps: u64,
     trailer: Trailer,
     layout: Layout,
     summary: Summary,
@@ -304,8 +301,6 @@ impl Splitter {
             ram_section: None,
             main_seen: false,
             block: Block::None,
-            next_offset: 0,
-            jumps: 0,
             trailer: Trailer::default(),
             layout: Layout::default(),
             summary: Summary::default(),
@@ -337,12 +332,6 @@ impl Splitter {
     /// Pages of main memory so far, zero or not, repeats included.
     pub fn pages_seen(&self) -> u64 {
         self.summary.pages + self.summary.zero_pages
-    }
-
-    /// How often a page of main memory was not the one after the page before it. In a live capture QEMU sends pages in their
-    /// order, but for those that the guest waits for; from such a page on, the order goes on.
-    pub fn jumps(&self) -> u64 {
-        self.jumps
     }
 
     /// Whether the stream has reached device state: all of RAM has passed.
@@ -605,25 +594,21 @@ impl Splitter {
                     size_bytes: self.main_size_bytes,
                 });
             }
-            Block::Main => {
-                match <&[u8; PAGE_SIZE_BYTES]>::try_from(payload) {
-                    Ok(page) => {
-                        sink.page(offset, page)?;
-                        self.summary.pages += 1;
-                    }
-                    Err(_) if payload == [0] => {
-                        sink.zero_page(offset)?;
-                        self.summary.zero_pages += 1;
-                    }
-                    // The format allows a page filled with one byte; no QEMU since 1.5 sends it with another than 0.
-                    Err(_) => {
-                        sink.page(offset, &[payload[0]; PAGE_SIZE_BYTES])?;
-                        self.summary.pages += 1;
-                    }
+            Block::Main => match <&[u8; PAGE_SIZE_BYTES]>::try_from(payload) {
+                Ok(page) => {
+                    sink.page(offset, page)?;
+                    self.summary.pages += 1;
                 }
-                self.jumps += u64::from(offset != self.next_offset);
-                self.next_offset = offset + PAGE_SIZE_BYTES as u64;
-            }
+                Err(_) if payload == [0] => {
+                    sink.zero_page(offset)?;
+                    self.summary.zero_pages += 1;
+                }
+                // The format allows a page filled with one byte; no QEMU since 1.5 sends it with another than 0.
+                Err(_) => {
+                    sink.page(offset, &[payload[0]; PAGE_SIZE_BYTES])?;
+                    self.summary.pages += 1;
+                }
+            },
         }
         self.block = block;
         Ok(Step::Consumed(length))

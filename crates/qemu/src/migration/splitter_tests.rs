@@ -106,14 +106,6 @@ fn pages_and_residual_part() {
 }
 
 #[test]
-fn pages_out_of_turn_are_counted() {
-    let mut splitter = Splitter::new("ram0", RAM_BYTES);
-    splitter.feed(&stream(), &mut Kept::default()).expect("valid");
-    // 0, 1, then 1 again, the last, 0, and 2.
-    assert_eq!(splitter.jumps(), 4);
-}
-
-#[test]
 fn the_residual_is_a_stream_of_its_own() {
     let (kept, summary) = split(&[&stream()]).expect("valid");
     let (again, second) = split(&[&kept.residual]).expect("the residual splits");
