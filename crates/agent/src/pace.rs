@@ -33,11 +33,11 @@ const LITTLE_IDLE_PERCENT: u64 = 5;
 /// The shortest time between two looks: a reader that is woken for every page costs more than the page does.
 const LOOK_INTERVAL: Duration = Duration::from_micros(50);
 /// The opening ends when for so long nobody has waited for a page,
-const OPENING_CALM: Duration = Duration::from_millis(20);
+const OPENING_CALM: Duration = Duration::from_millis(50);
 /// but not before this
-const OPENING_LEAST: Duration = Duration::from_millis(100);
+const OPENING_LEAST: Duration = Duration::from_millis(300);
 /// nor after this.
-const OPENING_MOST: Duration = Duration::from_millis(400);
+const OPENING_MOST: Duration = Duration::from_millis(1000);
 /// Within the opening, the time between two looks when nobody waits. All machines of an environment are in their opening at
 /// the same time, and a look with its pages takes some 25 µs of a processor.
 const OPENING_INTERVAL: Duration = Duration::from_micros(500);
@@ -121,9 +121,11 @@ fn change(rate: u64, least: u64, idle_percent: u64) -> u64 {
     rate.clamp(least, MOST_RATE)
 }
 
-/// Breaks in a thread's work beside running guests: unless processors are idle, it rests for as long as it has worked.
+/// Breaks in a thread's work beside running guests: unless processors are idle, it rests after each piece.
 #[derive(Debug)]
 pub(crate) struct Breaks {
+    /// For so many times as long as the piece took.
+    rest: u32,
     /// When it went on after the last.
     since: Instant,
     idle_percent: u64,
@@ -132,9 +134,9 @@ pub(crate) struct Breaks {
 
 impl Breaks {
     /// The work begins.
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(rest: u32) -> Self {
         let now = Instant::now();
-        Self { since: now, idle_percent: 0, load: Load::new(now) }
+        Self { rest, since: now, idle_percent: 0, load: Load::new(now) }
     }
 
     /// A short piece of it is done.
@@ -143,7 +145,7 @@ impl Breaks {
         self.idle_percent = self.load.idle_percent(now).unwrap_or(self.idle_percent);
         if self.idle_percent < MUCH_IDLE_PERCENT {
             // A piece that took long had to wait for something itself.
-            std::thread::sleep((now - self.since).min(LONGEST_BREAK));
+            std::thread::sleep(((now - self.since) * self.rest).min(LONGEST_BREAK));
         }
         self.since = Instant::now();
     }
@@ -235,31 +237,31 @@ mod tests {
             pace.began -= Duration::from_millis(millis);
             pace.fault -= Duration::from_millis(millis);
         };
-        later(&mut pace, 90);
+        later(&mut pace, 290);
         pace.next(1);
         assert!(pace.is_opening());
         later(&mut pace, 20);
         pace.note_fault();
         pace.next(2);
         assert!(pace.is_opening(), "somebody waited just now");
-        later(&mut pace, 20);
+        later(&mut pace, 50);
         pace.next(3);
         assert!(!pace.is_opening());
         pace.note_fault();
         pace.next(4);
         assert!(!pace.is_opening(), "once ended, always ended");
         let mut pace = Pace::new(65_536, true);
-        later(&mut pace, 400);
+        later(&mut pace, 1000);
         pace.note_fault();
         pace.next(1);
         assert!(!pace.is_opening(), "it does not last for ever");
     }
 
     #[test]
-    fn breaks_are_as_long_as_the_work() {
-        let mut breaks = Breaks::new();
+    fn breaks_follow_the_work() {
+        let mut breaks = Breaks::new(2);
         breaks.load.looked += Duration::from_secs(3600);
-        breaks.since -= Duration::from_millis(10);
+        breaks.since -= Duration::from_millis(5);
         let began = Instant::now();
         breaks.take();
         assert!(began.elapsed() >= Duration::from_millis(10));

@@ -32,6 +32,8 @@ use crate::slot::Slot;
 
 /// The niceness of storing: guests go first.
 const STORE_NICE: i32 = 10;
+/// How long storing rests, for the time it works.
+const STORE_REST: u32 = 1;
 
 impl Attempt<'_> {
     /// Puts the frames in flight into the store and says how they add up.
@@ -300,7 +302,7 @@ impl Job<'_> {
         let _turn = self.turns.take();
         self.operation.check()?;
         let ram = File::open(&ram_path).map_err(|error| io_error(&ram_path, &error))?;
-        let mut breaks = self.beside_guests.then(Breaks::new);
+        let mut breaks = self.beside_guests.then(|| Breaks::new(STORE_REST));
         let ram = self
             .writer
             .put_ram(&machine.name, &ram, spec.memory_bytes, &mut |done, total| {

@@ -40,6 +40,8 @@ const SETUP_LOCKED_SINCE: (u64, u64, u64) = (9, 0, 0);
 const LEFT_AS_FOUND_SINCE: (u64, u64, u64) = (8, 2, 50);
 /// The thread that QEMU captures live in, by its name.
 const CAPTURE_THREAD: &str = "bg_snapshot";
+/// How long putting memory into huge pages rests, for the time it works: meanwhile the machine's page faults wait.
+const COLLAPSE_REST: u32 = 3;
 /// How long it may take to read all memory once. Past this the pause is longer, and nothing worse.
 const READ_BOUND: Duration = Duration::from_secs(10);
 const READ_POLL: Duration = Duration::from_millis(1);
@@ -581,7 +583,7 @@ fn collapse(plan: &Plan) {
         tracing::debug!(machine = plan.name, "too little memory is free for huge pages");
         return;
     }
-    let mut breaks = Breaks::new();
+    let mut breaks = Breaks::new(COLLAPSE_REST);
     if let Err(error) = memory::collapse(plan.process, plan.memory_bytes, || breaks.take()) {
         tracing::debug!(machine = plan.name, %error, "memory stays in small pages");
     }
