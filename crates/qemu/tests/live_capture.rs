@@ -12,13 +12,16 @@ use diorama_qemu::disk;
 use diorama_qemu::migration::postcopy::{self, Pages, READY, Reply, ReplyReader};
 use diorama_qemu::migration::{PAGE_SIZE_BYTES, RamFile, Splitter, StreamError};
 use diorama_qemu::qmp::QmpError;
+use diorama_qemu::userfault::Userfaults;
 use machine::{COUNTER_AT, MEMORY_BYTES, Machine, SECOND, Scratch, qemu, soon};
+use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
 
 #[test]
 fn this_computer_can_capture_live() {
@@ -184,6 +187,38 @@ fn a_machine_killed_during_its_capture_is_a_truncated_stream() {
     }
     let error = splitter.finish().expect_err("truncated");
     assert!(matches!(error, StreamError::Truncated { .. }), "{error}");
+}
+
+#[test]
+fn it_is_seen_when_a_guest_waits_for_a_page() {
+    let scratch = Scratch::new();
+    let mut machine = Machine::start(&scratch, "m", |_| {});
+    machine.wait_for_firmware();
+    let process = machine.process.id();
+    let none = Userfaults::of(process).expect("its descriptors");
+    assert!(none.is_empty() && !none.wait(Duration::ZERO));
+    // The program counts in one page only: should that be saved before it runs, it need not wait.
+    let seen = (0..5).any(|_| {
+        let (mut ours, theirs) = UnixStream::pair().expect("pair");
+        setsockopt(&theirs, sockopt::SndBuf, &1).expect("a page or two");
+        machine.begin_capture_to(&theirs, true);
+        drop(theirs);
+        // Nobody reads more than that: the capture thread waits, and the program for it.
+        ours.read_exact(&mut [0]).expect("the stream begins");
+        machine.qmp_cut.wait_event(&["RESUME"], soon()).expect("the machine resumes by itself");
+        let faults = Userfaults::of(process).expect("its descriptors");
+        assert!(!faults.is_empty());
+        let seen = faults.wait(SECOND / 30);
+        ours.read_to_end(&mut Vec::new()).expect("the whole stream");
+        assert!(!faults.wait(Duration::ZERO), "nobody waits any more");
+        while machine.qmp_cut.wait_event(&["MIGRATION"], soon()).expect("the end").data["status"]
+            != "completed"
+        {}
+        seen
+    });
+    assert!(seen);
+    let after = Userfaults::of(process).expect("its descriptors");
+    assert!(after.is_empty(), "QEMU has closed it");
 }
 
 #[test]

@@ -263,6 +263,12 @@ impl Machine {
     /// Starts a capture and returns the stream.
     pub fn begin_capture(&mut self, background: bool) -> UnixStream {
         let (ours, theirs) = UnixStream::pair().expect("pair");
+        self.begin_capture_to(&theirs, background);
+        ours
+    }
+
+    /// Starts a capture into that socket.
+    pub fn begin_capture_to(&mut self, theirs: &UnixStream, background: bool) {
         let wanted =
             capabilities(&[("postcopy-ram", false), ("background-snapshot", background), ("events", true)]);
         self.qmp_cut.execute("migrate-set-capabilities", wanted, SECOND).expect("capabilities");
@@ -270,7 +276,6 @@ impl Machine {
         self.qmp_cut.take_events();
         self.qmp_cut.execute("stop", Value::Null, SECOND).expect("stop");
         self.qmp_cut.execute("migrate", json!({"uri": "fd:stream"}), SECOND).expect("migrate");
-        ours
     }
 
     pub fn capture(&mut self, ram: &Path) -> Capture {
