@@ -411,7 +411,7 @@ impl<'a> Source<'a> {
         Ok(Self { ours, theirs })
     }
 
-    /// From now on the socket takes more than a page, and its other end is QEMU's alone.
+    /// From now on the socket takes more than two pages, and its other end is QEMU's alone.
     fn end_opening(&mut self) -> std::io::Result<()> {
         if let Some(theirs) = self.theirs.take() {
             set_buffer(&theirs, LIVE_BUFFER_BYTES);

@@ -43,6 +43,8 @@ const OPENING_MOST: Duration = Duration::from_millis(1000);
 const OPENING_INTERVAL: Duration = Duration::from_micros(500);
 /// How far pages that somebody waited for may put off others.
 const LONGEST_DEBT: Duration = Duration::from_millis(10);
+/// The longest of the [`Breaks`].
+const LONGEST_BREAK: Duration = Duration::from_millis(20);
 
 /// The pace of one capture.
 #[derive(Debug)]
@@ -150,9 +152,6 @@ impl Breaks {
         self.since = Instant::now();
     }
 }
-
-/// The longest of the [`Breaks`].
-const LONGEST_BREAK: Duration = Duration::from_millis(20);
 
 /// What part of the processors is idle, looked at now and then.
 #[derive(Debug)]

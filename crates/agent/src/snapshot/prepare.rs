@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use diorama_api::{ApiError, CaptureMode, ErrorKind, MachineState};
 use diorama_qemu::command_line::{DiskFormat, DiskLayer, blockdev, format_node};
 use diorama_qemu::memory;
-use diorama_qemu::process::{ProcessId, threads_of};
+use diorama_qemu::process::threads_of;
 use diorama_qemu::qmp::{Client, Parts, QmpError};
 use serde_json::{Value, json};
 
@@ -65,7 +65,6 @@ struct Plan {
     /// Whether its memory is put into huge pages.
     collapse: bool,
     ram_path: PathBuf,
-    process: ProcessId,
     service: Service,
     cut_monitor: PathBuf,
     pivot_monitor: PathBuf,
@@ -142,7 +141,6 @@ impl Attempt<'_> {
                     capture: if machine.runs { self.capture } else { CaptureMode::Stop },
                     collapse: left.is_some(),
                     ram_path: ram_folder.join(&machine.name),
-                    process: self.record.machines[index].process.into(),
                     service,
                     cut_monitor: SocketPaths::new(&sockets, index).cut_monitor,
                     pivot_monitor: SocketPaths::new(&sockets, index).pivot_monitor,
@@ -522,7 +520,7 @@ fn fill(
     }
     if live
         && gating == Gating::Open
-        && let Err(error) = memory::touch(plan.process, plan.memory_bytes)
+        && let Err(error) = memory::touch(plan.service.process, plan.memory_bytes)
     {
         // QEMU does it, within the pause.
         tracing::debug!(machine = plan.name, %error, "memory is not mapped beforehand");
@@ -537,7 +535,7 @@ fn fill(
         }
         begun.map_err(failed)?;
         match gating {
-            Gating::FromStart => wait_until_it_waits(plan.process.pid),
+            Gating::FromStart => wait_until_it_waits(plan.service.process.pid),
             Gating::AfterMost | Gating::Open => {
                 let limit = precopy_bound(plan.memory_bytes);
                 if !capture.wait_for_gate(limit) {
@@ -584,7 +582,7 @@ fn collapse(plan: &Plan) {
         return;
     }
     let mut breaks = Breaks::new(COLLAPSE_REST);
-    if let Err(error) = memory::collapse(plan.process, plan.memory_bytes, || breaks.take()) {
+    if let Err(error) = memory::collapse(plan.service.process, plan.memory_bytes, || breaks.take()) {
         tracing::debug!(machine = plan.name, %error, "memory stays in small pages");
     }
 }
