@@ -2,7 +2,8 @@
 //!
 //! The capture thread does nothing but read, parse and write pages into the RAM file: while it is late, the guest's writes
 //! wait. Hashing and storing follow when it is done. While the guest runs it reads at a [pace](crate::pace) that leaves
-//! processors to guests, and goes, with others that they wait for, [before ordinary threads](crate::haste).
+//! processors to guests, goes, with others that they wait for, [before ordinary threads](crate::haste), and takes the pages that
+//! they [want to write to](diorama_qemu::userfault) by itself.
 //!
 //! A *gate* keeps QEMU waiting for its reader, and so decides when it goes on:
 //!
@@ -32,7 +33,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use diorama_qemu::migration::{RamFile, Splitter, StreamError};
-use diorama_qemu::userfault::Userfaults;
+use diorama_qemu::process::ProcessId;
+use diorama_qemu::userfault::{Waiting, WriteFaults};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::haste::{HURRIED, Service};
@@ -46,13 +48,6 @@ const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 /// The same for the memory of a live capture: as much as QEMU is to do between two looks of its reader, some ten pages or eighty
 /// that are zero. (QEMU goes on when three quarters have been read.)
 const LIVE_BUFFER_BYTES: usize = 32 << 10;
-/// The same in its [opening](Pace::is_opening): two pages, the one that QEMU is writing already and the one that a guest waits
-/// for, so that one look is enough for this. (The kernel doubles it; a page takes about 9 KiB of that, and the one that goes
-/// beyond it is still let in.)
-const OPENING_BUFFER_BYTES: usize = 6 << 10;
-/// How long QEMU may write nothing before the opening ends: until then its end of the socket is open here as well, and nothing
-/// tells that QEMU has closed it.
-const OPENING_SILENCE: Duration = Duration::from_secs(2);
 /// The most device state that a machine may have. A few MiB are usual.
 const MOST_STATE_BYTES: usize = 256 << 20;
 /// In pre-copy, the part of the memory that comes before the gate closes, in percent.
@@ -190,7 +185,7 @@ impl Capture {
         let filler_bytes = match gating {
             Gating::FromStart => fill(&theirs).map_err(failed)?,
             Gating::Open | Gating::AfterMost => {
-                set_buffer(&theirs, SOCKET_BUFFER_BYTES);
+                set_buffer(&theirs, if live.is_some() { LIVE_BUFFER_BYTES } else { SOCKET_BUFFER_BYTES });
                 0
             }
         };
@@ -392,45 +387,12 @@ pub(crate) fn read_out(stream: &mut UnixStream) -> std::io::Result<()> {
     }
 }
 
-/// Where the stream comes from.
-struct Source<'a> {
-    ours: &'a mut UnixStream,
-    /// QEMU's end, for the size of its buffer, while that is to change.
-    theirs: Option<UnixStream>,
-}
-
-impl<'a> Source<'a> {
-    /// A `live` capture begins with its opening.
-    fn begin(ours: &'a mut UnixStream, theirs: UnixStream, live: bool) -> std::io::Result<Self> {
-        // Otherwise this end would keep the socket open when QEMU has closed it.
-        let theirs = live.then_some(theirs);
-        if let Some(theirs) = &theirs {
-            set_buffer(theirs, OPENING_BUFFER_BYTES);
-            ours.set_read_timeout(Some(OPENING_SILENCE))?;
-        }
-        Ok(Self { ours, theirs })
-    }
-
-    /// From now on the socket takes more than two pages, and its other end is QEMU's alone.
-    fn end_opening(&mut self) -> std::io::Result<()> {
-        if let Some(theirs) = self.theirs.take() {
-            set_buffer(&theirs, LIVE_BUFFER_BYTES);
-            self.ours.set_read_timeout(None)?;
-        }
-        Ok(())
-    }
-
-    fn read(&mut self, chunk: &mut [u8]) -> std::io::Result<usize> {
-        loop {
-            match self.ours.read(chunk) {
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && self.theirs.is_some() => {
-                    self.end_opening()?;
-                }
-                result => return result,
-            }
-        }
-    }
+/// Where they may not be had, QEMU alone helps those who wait.
+fn faults_of(machine: &str, process: ProcessId, memory_bytes: u64) -> WriteFaults {
+    WriteFaults::of(process, memory_bytes).unwrap_or_else(|error| {
+        tracing::debug!(machine, %error, "it is not seen when a guest waits");
+        WriteFaults::default()
+    })
 }
 
 fn split(
@@ -450,45 +412,42 @@ fn split(
     let failed = |source| CaptureError::Read { machine: machine.to_owned(), source };
     if gated.gating == Gating::FromStart {
         gated.gate.pass();
+        set_buffer(&gated.theirs, LIVE_BUFFER_BYTES);
     }
-    let mut source = Source::begin(stream, gated.theirs, gated.live.is_some()).map_err(failed)?;
-    let mut pace = None;
-    let mut faults = Userfaults::default();
+    // Or this end would keep the socket open when QEMU has closed it.
+    drop(gated.theirs);
+    let mut live: Option<(Pace, WriteFaults)> = None;
     loop {
         if gated.gate.discarding.load(Ordering::Relaxed) {
             return Err(CaptureError::GivenUp);
         }
-        let read = match source.read(&mut chunk).map_err(failed)? {
-            0 => break,
-            read => read,
+        let read = match stream.read(&mut chunk) {
+            Ok(0) => break,
+            Ok(read) => read,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(failed(error)),
         };
-        splitter
-            .feed(&chunk[..read], &mut ram)
-            .map_err(|source| CaptureError::Stream { machine: machine.to_owned(), source })?;
+        let splits = |source| CaptureError::Stream { machine: machine.to_owned(), source };
+        splitter.feed(&chunk[..read], &mut ram).map_err(splits)?;
         if splitter.pages_seen() > 0 {
             gated.gate.memory_comes.store(true, Ordering::Release);
-            if let Some(service) = &gated.live
-                && !splitter.ram_complete()
-            {
-                let pace = pace.get_or_insert_with(|| {
+            if splitter.ram_complete() {
+                if let Some((_, faults)) = live.take() {
+                    let (pages, refused) = (faults.served(), faults.refused());
+                    tracing::debug!(machine, pages, ?refused, "taken as guests wanted to write to them");
+                }
+            } else if let Some(service) = &gated.live {
+                let (pace, faults) = live.get_or_insert_with(|| {
                     schedule_this_thread(HURRIED, "a guest waits for it");
                     // QEMU's capture thread may be new.
                     service.hurry();
-                    faults = Userfaults::of(service.process).unwrap_or_else(|error| {
-                        tracing::debug!(machine, %error, "it is not seen when a guest waits");
-                        Userfaults::default()
-                    });
-                    Pace::new(memory_bytes / 4096, !faults.is_empty())
+                    (Pace::new(memory_bytes / 4096), faults_of(machine, service.process, memory_bytes))
                 });
-                if faults.wait(pace.next(splitter.pages_seen())) {
-                    pace.note_fault();
-                }
-                if !pace.is_opening() {
-                    source.end_opening().map_err(failed)?;
-                }
-            } else {
-                source.end_opening().map_err(failed)?;
-                faults = Userfaults::default();
+                let pause = pace.next(splitter.pages_seen());
+                // Whether the time is over or somebody waits for QEMU: QEMU goes on.
+                let (Waiting::Nobody | Waiting::ForQemu) = faults
+                    .serve(pause, &mut |offset, page| ram.keep(offset, page))
+                    .map_err(|source| splits(StreamError::Sink(source)))?;
             }
         }
         if !passed && splitter.pages_seen() >= gate_pages {

@@ -5,12 +5,8 @@
 //! for TCP to send again what is only late. So the reader sets the [`Pace`]: it begins gently, goes faster while
 //! processors are idle, and slower while none is.
 //!
-//! A guest that writes to a page which is not saved yet waits until it is. After the cut that happens to every page that its
-//! kernel and its programs write to: some two hundred fifty, all within a tenth of a second if nothing else holds them up. QEMU
-//! sends such a page before others, but not before those that it is already writing to a full socket. So the reader polls
-//! QEMU's userfaultfd while it waits, and reads at once when somebody waits for a page; and for the *opening* of a capture the
-//! socket takes two pages only, so that little else is read with it. (A socket for ten pages, one look for all of them: guests
-//! took 130 ms over their first writes, and TCP sent again.)
+//! A guest that writes to a page which is not saved yet does not wait for QEMU and its pace: the reader, while it waits itself,
+//! [takes that page](diorama_qemu::userfault) and lets the guest go on.
 //!
 //! What can wait, huge pages before the cut and storing after it, is done with [`Breaks`].
 
@@ -32,16 +28,7 @@ const MUCH_IDLE_PERCENT: u64 = 20;
 const LITTLE_IDLE_PERCENT: u64 = 5;
 /// The shortest time between two looks: a reader that is woken for every page costs more than the page does.
 const LOOK_INTERVAL: Duration = Duration::from_micros(50);
-/// The opening ends when for so long nobody has waited for a page,
-const OPENING_CALM: Duration = Duration::from_millis(50);
-/// but not before this
-const OPENING_LEAST: Duration = Duration::from_millis(300);
-/// nor after this.
-const OPENING_MOST: Duration = Duration::from_millis(1000);
-/// Within the opening, the time between two looks when nobody waits. All machines of an environment are in their opening at
-/// the same time, and a look with its pages takes some 25 µs of a processor.
-const OPENING_INTERVAL: Duration = Duration::from_micros(500);
-/// How far pages that somebody waited for may put off others.
+/// How far pages that were read early, since somebody waited for QEMU, may put off others.
 const LONGEST_DEBT: Duration = Duration::from_millis(10);
 /// The longest of the [`Breaks`].
 const LONGEST_BREAK: Duration = Duration::from_millis(20);
@@ -52,56 +39,27 @@ pub(crate) struct Pace {
     /// In pages a second.
     rate: u64,
     least: u64,
-    began: Instant,
-    opening: bool,
     /// The pages that had come at the last look, and when that was.
     pages: u64,
     looked: Instant,
-    /// When somebody was last seen to wait for a page.
-    fault: Instant,
     load: Load,
 }
 
 impl Pace {
-    /// For a machine with so many pages, from the first of them on; without an opening where nobody sees whether a guest waits.
-    pub(crate) fn new(memory_pages: u64, opening: bool) -> Self {
+    /// For a machine with so many pages, from the first of them on.
+    pub(crate) fn new(memory_pages: u64) -> Self {
         let least = (memory_pages / LONGEST_SECONDS).clamp(LEAST_RATE, MOST_RATE);
         let now = Instant::now();
-        Self {
-            rate: least,
-            least,
-            began: now,
-            opening,
-            pages: 0,
-            looked: now,
-            fault: now,
-            load: Load::new(now),
-        }
+        Self { rate: least, least, pages: 0, looked: now, load: Load::new(now) }
     }
 
-    /// Whether the guest writes again to what it always writes to.
-    pub(crate) fn is_opening(&self) -> bool {
-        self.opening
-    }
-
-    /// Somebody waits for a page: the reader does not wait.
-    pub(crate) fn note_fault(&mut self) {
-        self.fault = Instant::now();
-    }
-
-    /// How long the reader waits when so many pages have come in all and nobody waits for one.
+    /// How long the reader waits when so many pages have come in all.
     pub(crate) fn next(&mut self, pages: u64) -> Duration {
         let now = Instant::now();
         if let Some(idle_percent) = self.load.idle_percent(now) {
             self.rate = change(self.rate, self.least, idle_percent);
         }
-        let (since, calm) = (now - self.began, now.saturating_duration_since(self.fault));
-        self.opening &= since < OPENING_LEAST || (calm < OPENING_CALM && since < OPENING_MOST);
-        let worth = if self.opening {
-            OPENING_INTERVAL
-        } else {
-            span(pages - self.pages, self.rate).max(LOOK_INTERVAL)
-        };
+        let worth = span(pages - self.pages, self.rate).max(LOOK_INTERVAL);
         let due = self.looked + worth;
         self.pages = pages;
         // Late or not: what was missed is not made up for, or guests would get it all at once.
@@ -197,14 +155,14 @@ mod tests {
     #[test]
     fn large_machines_are_not_captured_for_ever() {
         let pages = (16 << 30) / 4096;
-        let mut pace = Pace::new(pages, true);
+        let mut pace = Pace::new(pages);
         pace.rate = change(pace.rate, pace.least, 0);
         assert!(span(pages, pace.rate) <= Duration::from_secs(LONGEST_SECONDS + 1), "{pace:?}");
     }
 
     #[test]
     fn the_reader_waits_as_long_as_the_pages_are_worth() {
-        let mut pace = Pace::new(65_536, false);
+        let mut pace = Pace::new(65_536);
         let wait = pace.next(250);
         assert!(wait <= Duration::from_millis(25) && wait > Duration::from_millis(15), "{wait:?}");
         // Long past: only the look's own time counts.
@@ -215,45 +173,18 @@ mod tests {
     }
 
     #[test]
-    fn pages_that_somebody_waited_for_put_off_others_but_not_for_long() {
-        let mut pace = Pace::new(65_536, true);
+    fn pages_that_were_read_early_put_off_others_but_not_for_long() {
+        let mut pace = Pace::new(65_536);
         // The reader did not wait, twice.
-        pace.next(2);
-        pace.next(4);
-        let wait = pace.next(6);
-        assert!(wait > 2 * OPENING_INTERVAL && wait <= 3 * OPENING_INTERVAL, "{wait:?}");
+        pace.next(20);
+        pace.next(40);
+        let wait = pace.next(60);
+        assert!(wait > Duration::from_millis(4) && wait <= Duration::from_millis(6), "{wait:?}");
         for pages in 4..200 {
-            pace.next(2 * pages);
+            pace.next(20 * pages);
         }
-        let wait = pace.next(400);
+        let wait = pace.next(4000);
         assert!(wait <= LONGEST_DEBT, "{wait:?}");
-    }
-
-    #[test]
-    fn the_opening_ends_when_it_is_calm() {
-        let mut pace = Pace::new(65_536, true);
-        let later = |pace: &mut Pace, millis: u64| {
-            pace.began -= Duration::from_millis(millis);
-            pace.fault -= Duration::from_millis(millis);
-        };
-        later(&mut pace, 290);
-        pace.next(1);
-        assert!(pace.is_opening());
-        later(&mut pace, 20);
-        pace.note_fault();
-        pace.next(2);
-        assert!(pace.is_opening(), "somebody waited just now");
-        later(&mut pace, 50);
-        pace.next(3);
-        assert!(!pace.is_opening());
-        pace.note_fault();
-        pace.next(4);
-        assert!(!pace.is_opening(), "once ended, always ended");
-        let mut pace = Pace::new(65_536, true);
-        later(&mut pace, 1000);
-        pace.note_fault();
-        pace.next(1);
-        assert!(!pace.is_opening(), "it does not last for ever");
     }
 
     #[test]

@@ -248,7 +248,8 @@ const UFFD_FEATURE_PAGEFAULT_FLAG_WP: u64 = 1;
 const UFFDIO_API: libc::c_ulong = nix::request_code_readwrite!(0xaa, 0x3f, size_of::<UffdioApi>());
 const USERFAULTFD_IOC_NEW: libc::c_ulong = nix::request_code_none!(0xaa, 0x00);
 
-fn userfaultfd_by_call() -> Result<OwnedFd, Errno> {
+/// A new one, with which nothing has been agreed yet.
+pub(crate) fn userfaultfd_by_call() -> Result<OwnedFd, Errno> {
     // SAFETY: userfaultfd takes flags only, and touches no memory.
     let fd =
         Errno::result(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) })?;

@@ -14,7 +14,7 @@
 //! | [`core_file`] | where a board has its memory, and ELF core files of it | no |
 //! | [`disk`] | empty overlays and a bounded look at disk images | yes |
 //! | [`memory`] | main memory seen from outside: huge pages | yes |
-//! | [`userfault`] | whether a guest waits for a page that is being captured | yes |
+//! | [`userfault`] | pages that a guest writes to while it is captured, as they were before | yes |
 //! | [`guest_agent`] | commands run inside the guest | yes |
 //!
 //! Guests are hostile, and so is everything that carries their bytes: the migration stream, guest agent replies and

@@ -132,6 +132,14 @@ fn find_anonymous(maps: &str, memory_bytes: u64) -> Option<u64> {
         .map(|(_, start)| start)
 }
 
+/// The start of main memory's mapping once it is protected for a capture: the kernel then keeps it apart from its neighbours, so
+/// that it has exactly this size. `None` if there is another such one.
+pub(crate) fn find_protected(maps: &str, memory_bytes: u64) -> Option<u64> {
+    let mut found = private_mappings(maps).filter(|mapping| mapping.end - mapping.start == memory_bytes);
+    let only = found.next()?;
+    found.next().is_none().then_some(only.start)
+}
+
 /// A mapping as `/proc/PID/maps` lists it.
 struct Mapping<'a> {
     start: u64,
@@ -172,6 +180,10 @@ mod tests {
         assert_eq!(find_anonymous(maps, 4 << 30), None);
         assert_eq!(find_file(maps, 256 << 20), Some(0x7f31_1000_0000));
         assert_eq!(find_file(maps, 255 << 20), None);
+        assert_eq!(find_protected(maps, 1 << 30), Some(0x7f00_0000_0000));
+        assert_eq!(find_protected(maps, 512 << 20), None, "not as a part of another");
+        let twice = maps.replace("7f310be00000", "7f3107e00000").replace("7f0040000000", "7f000c000000");
+        assert_eq!(find_protected(&twice, 192 << 20), None, "which of the two?");
         assert_eq!(find_anonymous("nonsense\n-\n1-2 x\n", 4096), None);
     }
 }

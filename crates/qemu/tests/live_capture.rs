@@ -12,8 +12,8 @@ use diorama_qemu::disk;
 use diorama_qemu::migration::postcopy::{self, Pages, READY, Reply, ReplyReader};
 use diorama_qemu::migration::{PAGE_SIZE_BYTES, RamFile, Splitter, StreamError};
 use diorama_qemu::qmp::QmpError;
-use diorama_qemu::userfault::Userfaults;
-use machine::{COUNTER_AT, MEMORY_BYTES, Machine, SECOND, Scratch, qemu, soon};
+use diorama_qemu::userfault::{Waiting, WriteFaults};
+use machine::{COUNTER_AT, MEMORY_BYTES, Machine, SECOND, Scratch, WALK_AT, WALK_PAGES, qemu, soon};
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::{Value, json};
 use std::fs;
@@ -195,36 +195,108 @@ fn a_machine_killed_during_its_capture_is_a_truncated_stream() {
     assert!(matches!(error, StreamError::Truncated { .. }), "{error}");
 }
 
+/// Begins a capture whose socket takes a page or two; returns it when the machine runs again.
+fn begin_slow_capture(machine: &mut Machine) -> UnixStream {
+    let (mut ours, theirs) = UnixStream::pair().expect("pair");
+    setsockopt(&theirs, sockopt::SndBuf, &1).expect("a page or two");
+    machine.begin_capture_to(&theirs, true);
+    drop(theirs);
+    // Nobody reads more than that: the capture thread waits, and the program for it.
+    ours.read_exact(&mut [0]).expect("the stream begins");
+    machine.qmp_cut.wait_event(&["RESUME"], soon()).expect("the machine resumes by itself");
+    ours
+}
+
 #[test]
 fn it_is_seen_when_a_guest_waits_for_a_page() {
     let scratch = Scratch::new();
-    let mut machine = Machine::start(&scratch, "m", |_| {});
+    let mut machine = Machine::start(&scratch, "m", |config| config.boot = machine::walker(&scratch));
     machine.wait_for_firmware();
     let process = machine.process.id();
-    let none = Userfaults::of(process).expect("its descriptors");
-    assert!(none.is_empty() && !none.wait(Duration::ZERO));
-    // The program counts in one page only: should that be saved before it runs, it need not wait.
-    let seen = (0..5).any(|_| {
-        let (mut ours, theirs) = UnixStream::pair().expect("pair");
-        setsockopt(&theirs, sockopt::SndBuf, &1).expect("a page or two");
-        machine.begin_capture_to(&theirs, true);
-        drop(theirs);
-        // Nobody reads more than that: the capture thread waits, and the program for it.
-        ours.read_exact(&mut [0]).expect("the stream begins");
-        machine.qmp_cut.wait_event(&["RESUME"], soon()).expect("the machine resumes by itself");
-        let faults = Userfaults::of(process).expect("its descriptors");
+    let none = WriteFaults::of(process, MEMORY_BYTES).expect("its descriptors");
+    assert!(none.is_empty());
+    // Not known which memory it is; and taken for another mapping, which is found out by the first fault.
+    let maps = fs::read_to_string(format!("/proc/{}/maps", process.pid)).expect("readable");
+    let sizes = maps.lines().filter(|line| line.contains(" rw-p ")).map(|line| {
+        let (start, end) =
+            line.split_once(' ').and_then(|(range, _)| range.split_once('-')).expect("a range");
+        let number = |text| u64::from_str_radix(text, 16).expect("an address");
+        number(end) - number(start)
+    });
+    let sizes: Vec<u64> = sizes.collect();
+    let unique = |size: &&u64| sizes.iter().filter(|other| other == size).count() == 1;
+    let other =
+        *sizes.iter().filter(unique).filter(|size| **size != MEMORY_BYTES).max().expect("some mapping");
+    for size in [4096 * 4097, other] {
+        let mut ours = begin_slow_capture(&mut machine);
+        let mut faults = WriteFaults::of(process, size).expect("its descriptors");
         assert!(!faults.is_empty());
-        let seen = faults.wait(SECOND / 30);
+        let mut nothing = |_, _: &[u8; PAGE_SIZE_BYTES]| panic!("a page of what?");
+        let waiting = faults.serve(SECOND, &mut nothing).expect("nothing fails");
+        assert_eq!(waiting, Waiting::ForQemu, "{size}");
         ours.read_to_end(&mut Vec::new()).expect("the whole stream");
-        assert!(!faults.wait(Duration::ZERO), "nobody waits any more");
+        let waiting = faults.serve(Duration::ZERO, &mut nothing).expect("nothing fails");
+        assert_eq!((waiting, faults.served()), (Waiting::Nobody, 0), "nobody waits any more");
+        drop(faults);
         while machine.qmp_cut.wait_event(&["MIGRATION"], soon()).expect("the end").data["status"]
             != "completed"
         {}
-        seen
-    });
-    assert!(seen);
-    let after = Userfaults::of(process).expect("its descriptors");
+    }
+    let after = WriteFaults::of(process, MEMORY_BYTES).expect("its descriptors");
     assert!(after.is_empty(), "QEMU has closed it");
+}
+
+/// The program writes to its pages one after the other. In memory as it was at one moment, the numbers that it has written are
+/// the last so many, whatever it wrote while that memory was captured.
+#[test]
+fn pages_that_a_guest_waits_for_are_kept_as_they_were() {
+    let scratch = Scratch::new();
+    let mut machine = Machine::start(&scratch, "m", |config| config.boot = machine::walker(&scratch));
+    machine.wait_for_firmware();
+    let process = machine.process.id();
+    for round in 0..4 {
+        let mut ours = begin_slow_capture(&mut machine);
+        let mut faults = WriteFaults::of(process, MEMORY_BYTES).expect("its descriptors");
+        let path = scratch.path(&format!("ram{round}"));
+        let file = fs::File::create_new(&path).expect("create");
+        let mut ram = RamFile::new(file, MEMORY_BYTES, Vec::new()).expect("sink");
+        let mut splitter = Splitter::new(RAM_BLOCK, MEMORY_BYTES);
+        // The byte that was read already is the first of the stream's "QEVM".
+        splitter.feed(b"Q", &mut ram).expect("a valid stream");
+        // Long enough for a round or only for a part of it, before QEMU's own pages come, which are the same ones.
+        let first = Duration::from_millis(500) * (round % 2);
+        faults.serve(first, &mut |offset, page| ram.keep(offset, page)).expect("nothing fails");
+        let mut chunk = vec![0; 16 << 10];
+        loop {
+            let pause = Duration::from_micros(100);
+            let waiting = faults.serve(pause, &mut |offset, page| ram.keep(offset, page));
+            assert_eq!(waiting.expect("nothing fails"), Waiting::Nobody);
+            let length = ours.read(&mut chunk).expect("the stream");
+            splitter.feed(&chunk[..length], &mut ram).expect("a valid stream");
+            if splitter.ram_complete() {
+                break;
+            }
+        }
+        assert!(faults.served() > 100, "{} pages kept", faults.served());
+        drop(faults);
+        ours.read_to_end(&mut Vec::new()).expect("the rest");
+        while machine.qmp_cut.wait_event(&["MIGRATION"], soon()).expect("the end").data["status"]
+            != "completed"
+        {}
+
+        let memory = fs::read(&path).expect("the RAM file");
+        let number = |at: usize| u32::from_le_bytes(memory[at..at + 4].try_into().expect("four bytes"));
+        let pages = (0..WALK_PAGES).map(|page| WALK_AT + page * PAGE_SIZE_BYTES);
+        let numbers: Vec<_> = pages.map(|at| (number(at), number(at + PAGE_SIZE_BYTES - 4))).collect();
+        let (least, most) =
+            (numbers.iter().map(|(_, end)| end).min(), numbers.iter().map(|(start, _)| start).max());
+        let (least, most) = (*least.expect("pages"), *most.expect("pages"));
+        assert!(most - least <= WALK_PAGES as u32, "{least} to {most} after {round}");
+        let halfway = numbers.iter().filter(|(start, end)| start != end).count();
+        assert!(halfway <= 1, "{halfway} pages were written to in part");
+        let follow = numbers.windows(2).filter(|pair| pair[1].0 != pair[0].0 + 1).count();
+        assert!(follow <= 1, "{follow} gaps");
+    }
 }
 
 #[test]

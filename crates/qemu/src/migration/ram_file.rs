@@ -16,6 +16,8 @@ pub struct RamFile<W> {
     residual: W,
     /// One bit a page: whether it was ever written, so that a later zero must be punched.
     written: Vec<u64>,
+    /// One bit a page: whether it is kept, so that the stream's is of no use.
+    kept: Vec<u64>,
 }
 
 impl<W: Write> RamFile<W> {
@@ -25,12 +27,31 @@ impl<W: Write> RamFile<W> {
         file.set_len(size_bytes)?;
         let pages = size_bytes.div_ceil(PAGE_SIZE_BYTES as u64);
         let words = usize::try_from(pages.div_ceil(64)).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        Ok(RamFile { file, residual, written: vec![0; words] })
+        Ok(RamFile { file, residual, written: vec![0; words], kept: vec![0; words] })
     }
 
     /// The file and the residual's writer, which is not flushed.
     pub fn into_inner(self) -> (File, W) {
         (self.file, self.residual)
+    }
+
+    /// Takes a page that did not come with the stream, at byte `offset`. What the stream brings of it later is ignored: it may be
+    /// newer, or half of it.
+    ///
+    /// # Errors
+    /// What the file system says; `InvalidInput` for one beyond the file.
+    pub fn keep(&mut self, offset: u64, bytes: &[u8; PAGE_SIZE_BYTES]) -> io::Result<()> {
+        let (word, mask) = Self::bit(offset);
+        if *self.kept.get(word).ok_or(io::ErrorKind::InvalidInput)? & mask != 0 {
+            return Ok(());
+        }
+        if bytes.iter().all(|byte| *byte == 0) {
+            self.zero_page(offset)?;
+        } else {
+            self.page(offset, bytes)?;
+        }
+        self.kept[word] |= mask;
+        Ok(())
     }
 
     /// How many bytes of pages the file holds, holes not counted.
@@ -48,20 +69,22 @@ impl<W: Write> RamFile<W> {
 impl<W: Write> Sink for RamFile<W> {
     fn page(&mut self, offset: u64, bytes: &[u8; PAGE_SIZE_BYTES]) -> io::Result<()> {
         let (word, mask) = Self::bit(offset);
-        let word = self.written.get_mut(word).ok_or(io::ErrorKind::InvalidInput)?;
-        self.file.write_all_at(bytes, offset)?;
-        *word |= mask;
+        let written = self.written.get_mut(word).ok_or(io::ErrorKind::InvalidInput)?;
+        if self.kept[word] & mask == 0 {
+            self.file.write_all_at(bytes, offset)?;
+            *written |= mask;
+        }
         Ok(())
     }
 
     fn zero_page(&mut self, offset: u64) -> io::Result<()> {
         let (word, mask) = Self::bit(offset);
-        let word = self.written.get_mut(word).ok_or(io::ErrorKind::InvalidInput)?;
-        if *word & mask != 0 {
+        let written = self.written.get_mut(word).ok_or(io::ErrorKind::InvalidInput)?;
+        if self.kept[word] & mask == 0 && *written & mask != 0 {
             let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
             let (at, length) = (offset.cast_signed(), PAGE_SIZE_BYTES as i64);
             fallocate(&self.file, flags, at, length)?;
-            *word &= !mask;
+            *written &= !mask;
         }
         Ok(())
     }
@@ -98,5 +121,29 @@ mod tests {
         assert_eq!(page, [6; PAGE_SIZE_BYTES]);
         file.read_exact_at(&mut page, 0x3000).expect("read");
         assert_eq!(page, [0; PAGE_SIZE_BYTES]);
+    }
+
+    #[test]
+    fn what_is_kept_stays() {
+        let file = tempfile::tempfile().expect("file");
+        let mut ram = RamFile::new(file, 1 << 20, Vec::new()).expect("new");
+        let page = |byte| [byte; PAGE_SIZE_BYTES];
+        ram.page(0x1000, &page(1)).expect("page");
+        for (offset, byte) in [(0x1000, 0), (0x2000, 0), (0x3000, 3), (0x4000, 4)] {
+            ram.keep(offset, &page(byte)).expect("keep");
+            ram.keep(offset, &page(7)).expect("kept already");
+        }
+        for offset in [0x1000, 0x2000, 0x3000] {
+            ram.page(offset, &page(9)).expect("ignored");
+        }
+        ram.zero_page(0x4000).expect("ignored");
+        assert!(ram.keep(1 << 20, &page(1)).is_err(), "outside the file");
+        assert_eq!(ram.written_bytes(), 2 * 4096);
+        let (file, _) = ram.into_inner();
+        for (offset, byte) in [(0x1000, 0), (0x2000, 0), (0x3000, 3), (0x4000, 4)] {
+            let mut found = page(8);
+            file.read_exact_at(&mut found, offset).expect("read");
+            assert_eq!(found, page(byte), "{offset:#x}");
+        }
     }
 }

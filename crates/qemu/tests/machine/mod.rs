@@ -332,9 +332,6 @@ pub fn capabilities(wanted: &[(&str, bool)]) -> Value {
 /// It fills 4 MiB at 16 MiB with a counter, writes `!` to the first serial port, then increments a word for ever, so
 /// that there are pages with content, pages without, and a page that is written during the capture.
 fn boot_sector(scratch: &Scratch) -> PathBuf {
-    const LOAD: u32 = 0x10_0000;
-    let magic: u32 = 0x1bad_b002;
-    let flags: u32 = 1 << 16; // The addresses in this header count: no ELF.
     let code: &[u8] = &[
         0xfa, // cli
         0xbf, 0x00, 0x00, 0x00, 0x01, // mov edi, 16 MiB
@@ -349,6 +346,46 @@ fn boot_sector(scratch: &Scratch) -> PathBuf {
         0xff, 0x05, 0x00, 0x00, 0x00, 0x02, // count: inc dword [32 MiB]
         0xeb, 0xf8, // jmp count
     ];
+    program(scratch, "program", code)
+}
+
+/// Where [`walker`]'s pages begin, and how many there are.
+pub const WALK_AT: usize = 16 << 20;
+pub const WALK_PAGES: usize = 1024;
+
+/// A program that goes from page to page, round and round, and writes a number, one greater each time, to the beginning and to
+/// the end of each. After the first round it writes `!` to the first serial port.
+pub fn walker(scratch: &Scratch) -> BootSource {
+    let round = [
+        0xbf, 0x00, 0x00, 0x00, 0x01, // mov edi, 16 MiB
+        0xb9, 0x00, 0x04, 0x00, 0x00, // mov ecx, 1024
+        0x40, // page: inc eax
+        0x89, 0x07, // mov [edi], eax
+        0x89, 0x87, 0xfc, 0x0f, 0x00, 0x00, // mov [edi + 4092], eax
+        0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, // add edi, 4096
+        0xe2, 0xef, // loop page
+    ];
+    let start = [
+        0xfa, // cli
+        0x31, 0xc0, // xor eax, eax
+    ];
+    let say = [
+        0x89, 0xc3, // mov ebx, eax
+        0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+        0xb0, b'!', // mov al, '!'
+        0xee, // out dx, al
+        0x89, 0xd8, // mov eax, ebx
+    ];
+    let again = [0xeb, 0xe3]; // jmp to the round's beginning
+    assert_eq!(round.len() + again.len(), 0x100 - 0xe3);
+    let code = [&start[..], &round, &say, &round, &again].concat();
+    BootSource::Kernel { kernel: program(scratch, "walker", &code), initrd: None, cmdline: String::new() }
+}
+
+fn program(scratch: &Scratch, name: &str, code: &[u8]) -> PathBuf {
+    const LOAD: u32 = 0x10_0000;
+    let magic: u32 = 0x1bad_b002;
+    let flags: u32 = 1 << 16; // The addresses in this header count: no ELF.
     let length = 32 + u32::try_from(code.len()).expect("short");
     let fields = [
         magic,
@@ -363,7 +400,7 @@ fn boot_sector(scratch: &Scratch) -> PathBuf {
     let mut program: Vec<u8> = fields.iter().flat_map(|field| field.to_le_bytes()).collect();
     program.extend_from_slice(code);
     program.resize(8192, 0);
-    let path = scratch.path("program");
+    let path = scratch.path(name);
     fs::write(&path, program).expect("write");
     path
 }
