@@ -10,12 +10,15 @@
 //!
 //! What can wait, huge pages before the cut and storing after it, is done with [`Breaks`].
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::processors::Processors;
 
 /// Pages a second at the least and at the beginning, of each machine: about a twentieth of a processor.
 const LEAST_RATE: u64 = 10_000;
+/// While guests write again to what they always write to, which gives the reader enough to do, a quarter of it.
+const OPENING: Duration = Duration::from_millis(200);
 /// More than QEMU can do.
 const MOST_RATE: u64 = 400_000;
 /// How long a whole capture is to take at the most. Machines of many GiB take as long as QEMU takes at full speed.
@@ -24,8 +27,12 @@ const LONGEST_SECONDS: u64 = 10;
 const CHANGE_INTERVAL: Duration = Duration::from_millis(50);
 /// With more than this part of all processors idle, faster.
 const MUCH_IDLE_PERCENT: u64 = 20;
+/// What is to stay idle then.
+const SPARED_PERCENT: u64 = 10;
 /// With less than this, slower.
 const LITTLE_IDLE_PERCENT: u64 = 5;
+/// What a page takes of a processor, about: QEMU's three system calls and the reader's part.
+const PAGE_COST_MICROS: u64 = 6;
 /// The shortest time between two looks: a reader that is woken for every page costs more than the page does.
 const LOOK_INTERVAL: Duration = Duration::from_micros(50);
 /// How far pages that were read early, since somebody waited for QEMU, may put off others.
@@ -33,33 +40,44 @@ const LONGEST_DEBT: Duration = Duration::from_millis(10);
 /// The longest of the [`Breaks`].
 const LONGEST_BREAK: Duration = Duration::from_millis(20);
 
+/// How many live captures there are in this process: they share what is idle.
+static CAPTURES: AtomicU64 = AtomicU64::new(0);
+
 /// The pace of one capture.
 #[derive(Debug)]
 pub(crate) struct Pace {
     /// In pages a second.
     rate: u64,
     least: u64,
+    /// How many processors this computer has for us.
+    processors: u64,
     /// The pages that had come at the last look, and when that was.
     pages: u64,
     looked: Instant,
+    opening_ends: Instant,
     load: Load,
 }
 
 impl Pace {
-    /// For a machine with so many pages, from the first of them on.
-    pub(crate) fn new(memory_pages: u64) -> Self {
+    /// For a machine with so many pages, from the first of them on; with an `opening` if the reader serves its guest.
+    pub(crate) fn new(memory_pages: u64, opening: bool) -> Self {
         let least = (memory_pages / LONGEST_SECONDS).clamp(LEAST_RATE, MOST_RATE);
         let now = Instant::now();
-        Self { rate: least, least, pages: 0, looked: now, load: Load::new(now) }
+        let processors = std::thread::available_parallelism().map_or(1, |processors| processors.get() as u64);
+        CAPTURES.fetch_add(1, Ordering::Relaxed);
+        let opening_ends = if opening { now + OPENING } else { now };
+        Self { rate: least, least, processors, pages: 0, looked: now, opening_ends, load: Load::new(now) }
     }
 
     /// How long the reader waits when so many pages have come in all.
     pub(crate) fn next(&mut self, pages: u64) -> Duration {
         let now = Instant::now();
         if let Some(idle_percent) = self.load.idle_percent(now) {
-            self.rate = change(self.rate, self.least, idle_percent);
+            let headroom = headroom(idle_percent, self.processors, CAPTURES.load(Ordering::Relaxed));
+            self.rate = change(self.rate, idle_percent, headroom).clamp(self.least, MOST_RATE);
         }
-        let worth = span(pages - self.pages, self.rate).max(LOOK_INTERVAL);
+        let rate = if now < self.opening_ends { self.rate.min(self.least / 4) } else { self.rate };
+        let worth = span(pages - self.pages, rate).max(LOOK_INTERVAL);
         let due = self.looked + worth;
         self.pages = pages;
         // Late or not: what was missed is not made up for, or guests would get it all at once.
@@ -68,17 +86,30 @@ impl Pace {
     }
 }
 
+impl Drop for Pace {
+    fn drop(&mut self) {
+        CAPTURES.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 fn span(pages: u64, rate: u64) -> Duration {
     Duration::from_nanos(pages.saturating_mul(1_000_000_000) / rate)
 }
 
-fn change(rate: u64, least: u64, idle_percent: u64) -> u64 {
-    let rate = match idle_percent {
-        MUCH_IDLE_PERCENT.. => rate * 2,
+/// How many pages a second more each capture could take of the idle processors.
+fn headroom(idle_percent: u64, processors: u64, captures: u64) -> u64 {
+    let spare_micros = idle_percent.saturating_sub(SPARED_PERCENT) * 10_000 * processors;
+    spare_micros / PAGE_COST_MICROS / captures.max(1)
+}
+
+/// The next rate. Half of the headroom, since others may see the same processors idle: those that other agents
+/// take part of.
+fn change(rate: u64, idle_percent: u64, headroom: u64) -> u64 {
+    match idle_percent {
+        MUCH_IDLE_PERCENT.. => rate + rate.min(headroom / 2),
         LITTLE_IDLE_PERCENT.. => rate,
         _ => rate * 3 / 4,
-    };
-    rate.clamp(least, MOST_RATE)
+    }
 }
 
 /// Breaks in a thread's work beside running guests: unless processors are idle, it rests after each piece.
@@ -140,29 +171,39 @@ mod tests {
 
     #[test]
     fn idle_processors_make_it_faster() {
+        let step = |rate, idle| change(rate, idle, headroom(idle, 4, 2)).clamp(LEAST_RATE, MOST_RATE);
         let mut rate = LEAST_RATE;
-        for _ in 0..10 {
-            rate = change(rate, LEAST_RATE, 50);
+        for _ in 0..6 {
+            rate = step(rate, 100);
         }
         assert_eq!(rate, MOST_RATE);
-        assert_eq!(change(rate, LEAST_RATE, 10), rate);
+        assert_eq!(step(rate, 10), rate);
         for _ in 0..20 {
-            rate = change(rate, LEAST_RATE, 0);
+            rate = step(rate, 0);
         }
         assert_eq!(rate, LEAST_RATE);
     }
 
     #[test]
+    fn what_is_idle_is_not_taken_twice() {
+        // A fifth of two processors, three captures: what a tenth of them can do, halved.
+        assert_eq!(headroom(20, 2, 3), 11_111);
+        assert_eq!(change(40_000, 20, 11_111), 45_555);
+        assert_eq!(headroom(5, 2, 3), 0);
+        assert_eq!(headroom(100, 2, 0), headroom(100, 2, 1));
+    }
+
+    #[test]
     fn large_machines_are_not_captured_for_ever() {
         let pages = (16 << 30) / 4096;
-        let mut pace = Pace::new(pages);
-        pace.rate = change(pace.rate, pace.least, 0);
+        let mut pace = Pace::new(pages, false);
+        pace.rate = change(pace.rate, 0, 0).clamp(pace.least, MOST_RATE);
         assert!(span(pages, pace.rate) <= Duration::from_secs(LONGEST_SECONDS + 1), "{pace:?}");
     }
 
     #[test]
     fn the_reader_waits_as_long_as_the_pages_are_worth() {
-        let mut pace = Pace::new(65_536);
+        let mut pace = Pace::new(65_536, false);
         let wait = pace.next(250);
         assert!(wait <= Duration::from_millis(25) && wait > Duration::from_millis(15), "{wait:?}");
         // Long past: only the look's own time counts.
@@ -173,8 +214,19 @@ mod tests {
     }
 
     #[test]
+    fn it_begins_slowly_where_the_reader_serves_the_guest() {
+        let mut pace = Pace::new(65_536, true);
+        let wait = pace.next(10);
+        assert!(wait > Duration::from_millis(3) && wait <= Duration::from_millis(4), "{wait:?}");
+        pace.opening_ends -= OPENING;
+        pace.looked = Instant::now();
+        let wait = pace.next(20);
+        assert!(wait <= Duration::from_millis(1), "{wait:?}");
+    }
+
+    #[test]
     fn pages_that_were_read_early_put_off_others_but_not_for_long() {
-        let mut pace = Pace::new(65_536);
+        let mut pace = Pace::new(65_536, false);
         // The reader did not wait, twice.
         pace.next(20);
         pace.next(40);

@@ -462,6 +462,8 @@ fn fill(
     prepared: &mut Prepared,
 ) -> Result<Client, ApiError> {
     let failed = |error: QmpError| qmp_error(&plan.name, &error);
+    // QEMU takes a hundredth of a second of two threads over these commands, with its guest's lock in its hands.
+    let turn = turns.take();
     let mut monitor = Client::connect(&plan.cut_monitor, Instant::now() + COMMAND_LIMIT).map_err(failed)?;
     let live = plan.capture == CaptureMode::Live;
     // From here on this monitor hears of it.
@@ -515,9 +517,9 @@ fn fill(
     monitor.send_fd(theirs.as_fd(), CAPTURE_FD, COMMAND_LIMIT).map_err(failed)?;
     drop(theirs);
     if live {
-        let _turn = turns.take();
         collapse(plan);
     }
+    drop(turn);
     if live
         && gating == Gating::Open
         && let Err(error) = memory::touch(plan.service.process, plan.memory_bytes)
