@@ -72,11 +72,15 @@ impl Pace {
     /// How long the reader waits when so many pages have come in all.
     pub(crate) fn next(&mut self, pages: u64) -> Duration {
         let now = Instant::now();
-        if let Some(idle_percent) = self.load.idle_percent(now) {
+        let opening = now < self.opening_ends;
+        // What is idle then is not yet asked for.
+        if let Some(idle_percent) = self.load.idle_percent(now)
+            && !opening
+        {
             let headroom = headroom(idle_percent, self.processors, CAPTURES.load(Ordering::Relaxed));
             self.rate = change(self.rate, idle_percent, headroom).clamp(self.least, MOST_RATE);
         }
-        let rate = if now < self.opening_ends { self.rate.min(self.least / 4) } else { self.rate };
+        let rate = if opening { self.least / 4 } else { self.rate };
         let worth = span(pages - self.pages, rate).max(LOOK_INTERVAL);
         let due = self.looked + worth;
         self.pages = pages;
