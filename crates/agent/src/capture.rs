@@ -441,8 +441,7 @@ fn split(
                     schedule_this_thread(HURRIED, "a guest waits for it");
                     // QEMU's capture thread may be new.
                     service.hurry();
-                    let faults = faults_of(machine, service.process, memory_bytes);
-                    (Pace::new(memory_bytes / 4096, faults.can_serve()), faults)
+                    (Pace::new(memory_bytes / 4096), faults_of(machine, service.process, memory_bytes))
                 });
                 let pause = pace.next(splitter.pages_seen());
                 // Whether the time is over or somebody waits for QEMU: QEMU goes on.

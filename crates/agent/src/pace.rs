@@ -17,8 +17,6 @@ use crate::processors::Processors;
 
 /// Pages a second at the least and at the beginning, of each machine: about a twentieth of a processor.
 const LEAST_RATE: u64 = 10_000;
-/// While guests write again to what they always write to, which gives the reader enough to do, a quarter of it.
-const OPENING: Duration = Duration::from_millis(200);
 /// More than QEMU can do.
 const MOST_RATE: u64 = 400_000;
 /// How long a whole capture is to take at the most. Machines of many GiB take as long as QEMU takes at full speed.
@@ -37,6 +35,8 @@ const PAGE_COST_MICROS: u64 = 6;
 const LOOK_INTERVAL: Duration = Duration::from_micros(50);
 /// How far pages that were read early, since somebody waited for QEMU, may put off others.
 const LONGEST_DEBT: Duration = Duration::from_millis(10);
+/// How many times as long the [`Breaks`] are when hardly any processor is idle.
+const BUSY_REST: u32 = 3;
 /// The longest of the [`Breaks`].
 const LONGEST_BREAK: Duration = Duration::from_millis(20);
 
@@ -54,34 +54,27 @@ pub(crate) struct Pace {
     /// The pages that had come at the last look, and when that was.
     pages: u64,
     looked: Instant,
-    opening_ends: Instant,
     load: Load,
 }
 
 impl Pace {
-    /// For a machine with so many pages, from the first of them on; with an `opening` if the reader serves its guest.
-    pub(crate) fn new(memory_pages: u64, opening: bool) -> Self {
+    /// For a machine with so many pages, from the first of them on.
+    pub(crate) fn new(memory_pages: u64) -> Self {
         let least = (memory_pages / LONGEST_SECONDS).clamp(LEAST_RATE, MOST_RATE);
         let now = Instant::now();
         let processors = std::thread::available_parallelism().map_or(1, |processors| processors.get() as u64);
         CAPTURES.fetch_add(1, Ordering::Relaxed);
-        let opening_ends = if opening { now + OPENING } else { now };
-        Self { rate: least, least, processors, pages: 0, looked: now, opening_ends, load: Load::new(now) }
+        Self { rate: least, least, processors, pages: 0, looked: now, load: Load::new(now) }
     }
 
     /// How long the reader waits when so many pages have come in all.
     pub(crate) fn next(&mut self, pages: u64) -> Duration {
         let now = Instant::now();
-        let opening = now < self.opening_ends;
-        // What is idle then is not yet asked for.
-        if let Some(idle_percent) = self.load.idle_percent(now)
-            && !opening
-        {
+        if let Some(idle_percent) = self.load.idle_percent(now) {
             let headroom = headroom(idle_percent, self.processors, CAPTURES.load(Ordering::Relaxed));
             self.rate = change(self.rate, idle_percent, headroom).clamp(self.least, MOST_RATE);
         }
-        let rate = if opening { self.least / 4 } else { self.rate };
-        let worth = span(pages - self.pages, rate).max(LOOK_INTERVAL);
+        let worth = span(pages - self.pages, self.rate).max(LOOK_INTERVAL);
         let due = self.looked + worth;
         self.pages = pages;
         // Late or not: what was missed is not made up for, or guests would get it all at once.
@@ -138,10 +131,13 @@ impl Breaks {
     pub(crate) fn take(&mut self) {
         let now = Instant::now();
         self.idle_percent = self.load.idle_percent(now).unwrap_or(self.idle_percent);
-        if self.idle_percent < MUCH_IDLE_PERCENT {
-            // A piece that took long had to wait for something itself.
-            std::thread::sleep(((now - self.since) * self.rest).min(LONGEST_BREAK));
-        }
+        let rest = match self.idle_percent {
+            MUCH_IDLE_PERCENT.. => 0,
+            LITTLE_IDLE_PERCENT.. => self.rest,
+            _ => self.rest * BUSY_REST,
+        };
+        // A piece that took long had to wait for something itself.
+        std::thread::sleep(((now - self.since) * rest).min(LONGEST_BREAK));
         self.since = Instant::now();
     }
 }
@@ -200,14 +196,14 @@ mod tests {
     #[test]
     fn large_machines_are_not_captured_for_ever() {
         let pages = (16 << 30) / 4096;
-        let mut pace = Pace::new(pages, false);
+        let mut pace = Pace::new(pages);
         pace.rate = change(pace.rate, 0, 0).clamp(pace.least, MOST_RATE);
         assert!(span(pages, pace.rate) <= Duration::from_secs(LONGEST_SECONDS + 1), "{pace:?}");
     }
 
     #[test]
     fn the_reader_waits_as_long_as_the_pages_are_worth() {
-        let mut pace = Pace::new(65_536, false);
+        let mut pace = Pace::new(65_536);
         let wait = pace.next(250);
         assert!(wait <= Duration::from_millis(25) && wait > Duration::from_millis(15), "{wait:?}");
         // Long past: only the look's own time counts.
@@ -218,19 +214,8 @@ mod tests {
     }
 
     #[test]
-    fn it_begins_slowly_where_the_reader_serves_the_guest() {
-        let mut pace = Pace::new(65_536, true);
-        let wait = pace.next(10);
-        assert!(wait > Duration::from_millis(3) && wait <= Duration::from_millis(4), "{wait:?}");
-        pace.opening_ends -= OPENING;
-        pace.looked = Instant::now();
-        let wait = pace.next(20);
-        assert!(wait <= Duration::from_millis(1), "{wait:?}");
-    }
-
-    #[test]
     fn pages_that_were_read_early_put_off_others_but_not_for_long() {
-        let mut pace = Pace::new(65_536, false);
+        let mut pace = Pace::new(65_536);
         // The reader did not wait, twice.
         pace.next(20);
         pace.next(40);
