@@ -13,13 +13,14 @@ use diorama_qemu::migration::postcopy::{self, Pages, READY, Reply, ReplyReader};
 use diorama_qemu::migration::{PAGE_SIZE_BYTES, RamFile, Splitter, StreamError};
 use diorama_qemu::qmp::QmpError;
 use diorama_qemu::userfault::{Waiting, WriteFaults};
-use machine::{COUNTER_AT, MEMORY_BYTES, Machine, SECOND, Scratch, WALK_AT, WALK_PAGES, qemu, soon};
+use machine::{COUNTER_AT, Capture, MEMORY_BYTES, Machine, SECOND, Scratch, WALK_AT, WALK_PAGES, qemu, soon};
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -246,56 +247,69 @@ fn it_is_seen_when_a_guest_waits_for_a_page() {
     assert!(after.is_empty(), "QEMU has closed it");
 }
 
-/// The program writes to its pages one after the other. In memory as it was at one moment, the numbers that it has written are
-/// the last so many, whatever it wrote while that memory was captured.
+/// Captures a machine and takes the pages that its guest waits for: nothing else for as long as `first`, and then beside the
+/// stream.
+fn capture_serving(machine: &mut Machine, path: &Path, first: Duration) -> Capture {
+    let mut ours = begin_slow_capture(machine);
+    let mut faults = WriteFaults::of(machine.process.id(), MEMORY_BYTES).expect("its descriptors");
+    let file = fs::File::create_new(path).expect("create");
+    let mut ram = RamFile::new(file, MEMORY_BYTES, Vec::new()).expect("sink");
+    let mut splitter = Splitter::new(RAM_BLOCK, MEMORY_BYTES);
+    // The byte that was read already is the first of the stream's "QEVM".
+    splitter.feed(b"Q", &mut ram).expect("a valid stream");
+    faults.serve(first, &mut |offset, page| ram.keep(offset, page)).expect("nothing fails");
+    let mut chunk = vec![0; 16 << 10];
+    while !splitter.ram_complete() {
+        let pause = Duration::from_micros(100);
+        let waiting = faults.serve(pause, &mut |offset, page| ram.keep(offset, page));
+        assert_eq!(waiting.expect("nothing fails"), Waiting::Nobody);
+        let length = ours.read(&mut chunk).expect("the stream");
+        splitter.feed(&chunk[..length], &mut ram).expect("a valid stream");
+    }
+    assert!(faults.served() > 100, "{} pages kept", faults.served());
+    drop(faults);
+    let mut rest = Vec::new();
+    ours.read_to_end(&mut rest).expect("the rest");
+    splitter.feed(&rest, &mut ram).expect("a valid stream");
+    while machine.qmp_cut.wait_event(&["MIGRATION"], soon()).expect("the end").data["status"] != "completed" {
+    }
+    let (_, residual) = ram.into_inner();
+    Capture { ram: path.to_owned(), residual, summary: splitter.finish().expect("a whole stream") }
+}
+
+/// The [walker](machine::walker) writes to its pages one after the other. In memory as it was at one moment, the numbers that it has
+/// written are the last so many, whatever it wrote while that memory was captured.
+fn assert_of_one_moment(capture: &Capture) {
+    let memory = fs::read(&capture.ram).expect("the RAM file");
+    let number = |at: usize| u32::from_le_bytes(memory[at..at + 4].try_into().expect("four bytes"));
+    let pages = (0..WALK_PAGES).map(|page| WALK_AT + page * PAGE_SIZE_BYTES);
+    let numbers: Vec<_> = pages.map(|at| (number(at), number(at + PAGE_SIZE_BYTES - 4))).collect();
+    let least = *numbers.iter().map(|(_, end)| end).min().expect("pages");
+    let most = *numbers.iter().map(|(start, _)| start).max().expect("pages");
+    assert!(most - least <= WALK_PAGES as u32, "{least} to {most}");
+    let halfway = numbers.iter().filter(|(start, end)| start != end).count();
+    assert!(halfway <= 1, "{halfway} pages were written to in part");
+    let gaps = numbers.windows(2).filter(|pair| pair[1].0 != pair[0].0 + 1).count();
+    assert!(gaps <= 1, "{gaps} gaps");
+}
+
 #[test]
 fn pages_that_a_guest_waits_for_are_kept_as_they_were() {
     let scratch = Scratch::new();
     let mut machine = Machine::start(&scratch, "m", |config| config.boot = machine::walker(&scratch));
     machine.wait_for_firmware();
-    let process = machine.process.id();
-    for round in 0..4 {
-        let mut ours = begin_slow_capture(&mut machine);
-        let mut faults = WriteFaults::of(process, MEMORY_BYTES).expect("its descriptors");
-        let path = scratch.path(&format!("ram{round}"));
-        let file = fs::File::create_new(&path).expect("create");
-        let mut ram = RamFile::new(file, MEMORY_BYTES, Vec::new()).expect("sink");
-        let mut splitter = Splitter::new(RAM_BLOCK, MEMORY_BYTES);
-        // The byte that was read already is the first of the stream's "QEVM".
-        splitter.feed(b"Q", &mut ram).expect("a valid stream");
-        // Long enough for a round or only for a part of it, before QEMU's own pages come, which are the same ones.
+    for round in 0..6 {
+        // Long enough for a round of the program or only for a part of it, before QEMU's own pages come, which are the same ones.
         let first = Duration::from_millis(500) * (round % 2);
-        faults.serve(first, &mut |offset, page| ram.keep(offset, page)).expect("nothing fails");
-        let mut chunk = vec![0; 16 << 10];
-        loop {
-            let pause = Duration::from_micros(100);
-            let waiting = faults.serve(pause, &mut |offset, page| ram.keep(offset, page));
-            assert_eq!(waiting.expect("nothing fails"), Waiting::Nobody);
-            let length = ours.read(&mut chunk).expect("the stream");
-            splitter.feed(&chunk[..length], &mut ram).expect("a valid stream");
-            if splitter.ram_complete() {
-                break;
-            }
+        let capture = capture_serving(&mut machine, &scratch.path(&format!("ram{round}")), first);
+        assert_of_one_moment(&capture);
+        if round == 3 {
+            // From now on its memory is a file's, until it is written to.
+            machine.process.kill(soon()).expect("kill");
+            machine = Machine::restore(&scratch, "again", &capture, |config| {
+                config.boot = machine::walker(&scratch);
+            });
         }
-        assert!(faults.served() > 100, "{} pages kept", faults.served());
-        drop(faults);
-        ours.read_to_end(&mut Vec::new()).expect("the rest");
-        while machine.qmp_cut.wait_event(&["MIGRATION"], soon()).expect("the end").data["status"]
-            != "completed"
-        {}
-
-        let memory = fs::read(&path).expect("the RAM file");
-        let number = |at: usize| u32::from_le_bytes(memory[at..at + 4].try_into().expect("four bytes"));
-        let pages = (0..WALK_PAGES).map(|page| WALK_AT + page * PAGE_SIZE_BYTES);
-        let numbers: Vec<_> = pages.map(|at| (number(at), number(at + PAGE_SIZE_BYTES - 4))).collect();
-        let (least, most) =
-            (numbers.iter().map(|(_, end)| end).min(), numbers.iter().map(|(start, _)| start).max());
-        let (least, most) = (*least.expect("pages"), *most.expect("pages"));
-        assert!(most - least <= WALK_PAGES as u32, "{least} to {most} after {round}");
-        let halfway = numbers.iter().filter(|(start, end)| start != end).count();
-        assert!(halfway <= 1, "{halfway} pages were written to in part");
-        let follow = numbers.windows(2).filter(|pair| pair[1].0 != pair[0].0 + 1).count();
-        assert!(follow <= 1, "{follow} gaps");
     }
 }
 
