@@ -34,7 +34,7 @@ use std::time::Duration;
 
 use diorama_qemu::migration::{RamFile, Splitter, StreamError};
 use diorama_qemu::process::ProcessId;
-use diorama_qemu::userfault::{Waiting, WriteFaults};
+use diorama_qemu::userfault::WriteFaults;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::haste::{HURRIED, Service};
@@ -410,6 +410,7 @@ fn split(
     let gate_pages = memory_bytes / 4096 * GATE_PERCENT / 100;
     let mut passed = gated.gating != Gating::AfterMost;
     let failed = |source| CaptureError::Read { machine: machine.to_owned(), source };
+    let splits = |source| CaptureError::Stream { machine: machine.to_owned(), source };
     if gated.gating == Gating::FromStart {
         gated.gate.pass();
         set_buffer(&gated.theirs, LIVE_BUFFER_BYTES);
@@ -427,7 +428,6 @@ fn split(
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(failed(error)),
         };
-        let splits = |source| CaptureError::Stream { machine: machine.to_owned(), source };
         splitter.feed(&chunk[..read], &mut ram).map_err(splits)?;
         if splitter.pages_seen() > 0 {
             gated.gate.memory_comes.store(true, Ordering::Release);
@@ -445,7 +445,7 @@ fn split(
                 });
                 let pause = pace.next(splitter.pages_seen());
                 // Whether the time is over or somebody waits for QEMU: QEMU goes on.
-                let (Waiting::Nobody | Waiting::ForQemu) = faults
+                faults
                     .serve(pause, &mut |offset, page| ram.keep(offset, page))
                     .map_err(|source| splits(StreamError::Sink(source)))?;
             }
@@ -455,7 +455,7 @@ fn split(
             passed = true;
         }
     }
-    splitter.finish().map_err(|source| CaptureError::Stream { machine: machine.to_owned(), source })?;
+    splitter.finish().map_err(splits)?;
     let (_, DeviceState(state)) = ram.into_inner();
     Ok(Captured { state })
 }

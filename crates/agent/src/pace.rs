@@ -13,7 +13,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::processors::Processors;
+use crate::processors::{self, Processors};
 
 /// Pages a second at the least and at the beginning, of each machine: about a twentieth of a processor.
 const LEAST_RATE: u64 = 10_000;
@@ -62,7 +62,7 @@ impl Pace {
     pub(crate) fn new(memory_pages: u64) -> Self {
         let least = (memory_pages / LONGEST_SECONDS).clamp(LEAST_RATE, MOST_RATE);
         let now = Instant::now();
-        let processors = std::thread::available_parallelism().map_or(1, |processors| processors.get() as u64);
+        let processors = processors::count() as u64;
         CAPTURES.fetch_add(1, Ordering::Relaxed);
         Self { rate: least, least, processors, pages: 0, looked: now, load: Load::new(now) }
     }
@@ -72,7 +72,7 @@ impl Pace {
         let now = Instant::now();
         if let Some(idle_percent) = self.load.idle_percent(now) {
             let headroom = headroom(idle_percent, self.processors, CAPTURES.load(Ordering::Relaxed));
-            self.rate = change(self.rate, idle_percent, headroom).clamp(self.least, MOST_RATE);
+            self.rate = change(self.rate, self.least, idle_percent, headroom);
         }
         let worth = span(pages - self.pages, self.rate).max(LOOK_INTERVAL);
         let due = self.looked + worth;
@@ -101,12 +101,13 @@ fn headroom(idle_percent: u64, processors: u64, captures: u64) -> u64 {
 
 /// The next rate. Half of the headroom, since others may see the same processors idle: those that other agents
 /// take part of.
-fn change(rate: u64, idle_percent: u64, headroom: u64) -> u64 {
-    match idle_percent {
+fn change(rate: u64, least: u64, idle_percent: u64, headroom: u64) -> u64 {
+    let rate = match idle_percent {
         MUCH_IDLE_PERCENT.. => rate + rate.min(headroom / 2),
         LITTLE_IDLE_PERCENT.. => rate,
         _ => rate * 3 / 4,
-    }
+    };
+    rate.clamp(least, MOST_RATE)
 }
 
 /// Breaks in a thread's work beside running guests: unless processors are idle, it rests after each piece.
@@ -171,7 +172,7 @@ mod tests {
 
     #[test]
     fn idle_processors_make_it_faster() {
-        let step = |rate, idle| change(rate, idle, headroom(idle, 4, 2)).clamp(LEAST_RATE, MOST_RATE);
+        let step = |rate, idle| change(rate, LEAST_RATE, idle, headroom(idle, 4, 2));
         let mut rate = LEAST_RATE;
         for _ in 0..6 {
             rate = step(rate, 100);
@@ -188,7 +189,7 @@ mod tests {
     fn what_is_idle_is_not_taken_twice() {
         // A fifth of two processors, three captures: what a tenth of them can do, halved.
         assert_eq!(headroom(20, 2, 3), 11_111);
-        assert_eq!(change(40_000, 20, 11_111), 45_555);
+        assert_eq!(change(40_000, LEAST_RATE, 20, 11_111), 45_555);
         assert_eq!(headroom(5, 2, 3), 0);
         assert_eq!(headroom(100, 2, 0), headroom(100, 2, 1));
     }
@@ -197,7 +198,7 @@ mod tests {
     fn large_machines_are_not_captured_for_ever() {
         let pages = (16 << 30) / 4096;
         let mut pace = Pace::new(pages);
-        pace.rate = change(pace.rate, 0, 0).clamp(pace.least, MOST_RATE);
+        pace.rate = change(pace.rate, pace.least, 0, 0);
         assert!(span(pages, pace.rate) <= Duration::from_secs(LONGEST_SECONDS + 1), "{pace:?}");
     }
 

@@ -1,5 +1,5 @@
-//! The priority of the agent's own threads and of QEMU's. Only root may raise it, and who
-//! is allowed to (limits.conf(5)); for others nothing changes.
+//! The priority of the agent's own threads and of QEMU's. Only root may raise it, and whoever is allowed to
+//! (limits.conf(5)); for others nothing changes.
 
 use diorama_qemu::process::{Policy, set_thread_policy};
 

@@ -1,4 +1,9 @@
-//! The computer's processors: what part of them is idle.
+//! The computer's processors: how many there are, and what part of them is idle.
+
+/// How many this process may use.
+pub(crate) fn count() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
 
 /// What all processors together have done since the computer started, in the kernel's ticks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

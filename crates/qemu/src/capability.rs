@@ -271,7 +271,8 @@ fn userfaultfd_by_device() -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn supports_write_protection(userfaultfd: &OwnedFd) -> bool {
+/// Agrees with the kernel on the version of its interface, and says whether that has write protection.
+pub(crate) fn supports_write_protection(userfaultfd: &OwnedFd) -> bool {
     let mut api = UffdioApi { api: UFFD_API, features: 0, ioctls: 0 };
     // SAFETY: `api` has the layout the request reads and writes; `userfaultfd` owns the descriptor.
     let answered = unsafe { libc::ioctl(userfaultfd.as_raw_fd(), UFFDIO_API, &mut api) };

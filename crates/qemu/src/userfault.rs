@@ -95,11 +95,6 @@ impl WriteFaults {
         self.descriptors.is_empty()
     }
 
-    /// Whether pages are handed out, as far as is known.
-    pub fn can_serve(&self) -> bool {
-        self.memory.is_some()
-    }
-
     /// How many pages have been handed out.
     pub fn served(&self) -> u64 {
         self.served
@@ -155,18 +150,13 @@ impl WriteFaults {
 
     /// Waits until somebody waits for a page, for at most `limit`. Returns whether somebody does.
     fn wait(&self, limit: Duration) -> bool {
-        let Some(first) = self.descriptors.first() else {
-            std::thread::sleep(limit);
-            return false;
-        };
-        // One is usual. With others beside it, each is looked at, and the first is waited for.
-        let polled = |fd: &OwnedFd, limit| {
-            let mut poll = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-            // Interrupted, or an error: as if the time were over.
-            ppoll(&mut poll, Some(TimeSpec::from_duration(limit)), None).unwrap_or(0) > 0
-                && poll[0].revents().is_some_and(|events| events.contains(PollFlags::POLLIN))
-        };
-        self.descriptors[1..].iter().any(|fd| polled(fd, Duration::ZERO)) || polled(first, limit)
+        let mut polls: Vec<_> =
+            self.descriptors.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
+        // Interrupted, or an error: as if the time were over.
+        ppoll(&mut polls, Some(TimeSpec::from_duration(limit)), None).unwrap_or(0) > 0
+            && polls
+                .iter()
+                .any(|poll| poll.revents().is_some_and(|events| events.contains(PollFlags::POLLIN)))
     }
 }
 
@@ -259,7 +249,8 @@ struct Range {
     length: u64,
 }
 
-/// `struct uffdio_writeprotect` of linux/userfaultfd.h. Mode 0: not protected, and whoever waits goes on.
+/// `struct uffdio_writeprotect` of linux/userfaultfd.h. Mode 0: not protected, and whoever waits goes on; 1: protected; 2: not
+/// protected, and nobody is woken.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 struct WriteProtect {
@@ -287,7 +278,10 @@ fn wake(descriptor: &OwnedFd, address: u64) -> io::Result<()> {
 
 /// Whoever waits for the page goes on.
 fn unprotect(descriptor: &OwnedFd, address: u64) -> io::Result<()> {
-    let mut protect = WriteProtect { range: Range::page(address), mode: 0 };
+    write_protect(descriptor, WriteProtect { range: Range::page(address), mode: 0 })
+}
+
+fn write_protect(descriptor: &OwnedFd, mut protect: WriteProtect) -> io::Result<()> {
     loop {
         // SAFETY: the kernel reads and writes `protect`; the addresses in it are the other process's, whose memory keeps its
         // contents.
@@ -356,18 +350,14 @@ mod tests {
             let descriptor = crate::capability::userfaultfd_by_call().expect("permitted, as for QEMU");
             let start = memory as u64;
             let range = Range { start, length: bytes };
-            let mut api: [u64; 3] = [0xaa, 1, 0];
+            assert!(crate::capability::supports_write_protection(&descriptor));
             // `struct uffdio_register`: the range, the mode (write protection), and what is answered.
             let mut register: [u64; 4] = [range.start, range.length, 2, 0];
-            let mut protect = WriteProtect { range, mode: 1 };
-            let call = |request, argument: *mut libc::c_void| {
-                // SAFETY: each request gets the structure that it reads and writes.
-                let answer = unsafe { libc::ioctl(descriptor.as_raw_fd(), request, argument) };
-                Errno::result(answer).expect("the kernel takes it");
-            };
-            call(nix::request_code_readwrite!(0xaa, 0x3f, 24), (&raw mut api).cast());
-            call(nix::request_code_readwrite!(0xaa, 0x00, 32), (&raw mut register).cast());
-            call(UFFDIO_WRITEPROTECT, (&raw mut protect).cast());
+            let request = nix::request_code_readwrite!(0xaa, 0x00, 32);
+            // SAFETY: `register` has the layout that the request reads and writes; the range is the mapping.
+            let answer = unsafe { libc::ioctl(descriptor.as_raw_fd(), request, &raw mut register) };
+            Errno::result(answer).expect("the kernel takes it");
+            write_protect(&descriptor, WriteProtect { range, mode: 1 }).expect("protected");
             Self { start, bytes, descriptor }
         }
 
@@ -439,11 +429,8 @@ mod tests {
             let writer = scope.spawn(|| memory.set(3, 9));
             assert!(faults.wait(LONG), "the writer waits");
             // As if QEMU had saved it meanwhile, and somebody else had written to it, before the waiting thread runs again.
-            let mut protect = WriteProtect { range: Range::page(memory.byte(3) as u64), mode: 2 };
-            // SAFETY: the kernel reads and writes `protect`, whose range is the test's.
-            let result =
-                unsafe { libc::ioctl(memory.descriptor.as_raw_fd(), UFFDIO_WRITEPROTECT, &raw mut protect) };
-            Errno::result(result).expect("unprotected, and nobody woken");
+            let quietly = WriteProtect { range: Range::page(memory.byte(3) as u64), mode: 2 };
+            write_protect(&memory.descriptor, quietly).expect("unprotected, and nobody woken");
             memory.set(3, 6);
             while !writer.is_finished() {
                 let waiting = faults.serve(Duration::from_millis(1), &mut |_, _| Ok(()));
@@ -461,14 +448,14 @@ mod tests {
         faults.memory.as_mut().expect("found").bytes -= PAGE_SIZE_BYTES as u64;
         std::thread::scope(|scope| {
             scope.spawn(|| memory.set(1032, 9));
-            assert!(faults.can_serve());
+            assert!(faults.memory.is_some());
             for _ in 0..2 {
                 let waiting = faults.serve(LONG, &mut |_, _| Ok(()));
                 assert_eq!(waiting.expect("nothing fails"), Waiting::ForQemu);
             }
             unprotect(&memory.descriptor, memory.byte(1032) as u64).expect("as QEMU does it");
         });
-        assert!(!faults.can_serve() && faults.refused().is_some());
+        assert!(faults.memory.is_none() && faults.refused().is_some());
         assert_eq!((memory.get(1032), faults.served()), (9, 0));
     }
 

@@ -239,9 +239,7 @@ fn it_is_seen_when_a_guest_waits_for_a_page() {
         let waiting = faults.serve(Duration::ZERO, &mut nothing).expect("nothing fails");
         assert_eq!((waiting, faults.served()), (Waiting::Nobody, 0), "nobody waits any more");
         drop(faults);
-        while machine.qmp_cut.wait_event(&["MIGRATION"], soon()).expect("the end").data["status"]
-            != "completed"
-        {}
+        machine.wait_captured();
     }
     let after = WriteFaults::of(process, MEMORY_BYTES).expect("its descriptors");
     assert!(after.is_empty(), "QEMU has closed it");
@@ -264,6 +262,7 @@ fn capture_serving(machine: &mut Machine, path: &Path, first: Duration) -> Captu
         let waiting = faults.serve(pause, &mut |offset, page| ram.keep(offset, page));
         assert_eq!(waiting.expect("nothing fails"), Waiting::Nobody);
         let length = ours.read(&mut chunk).expect("the stream");
+        assert!(length > 0, "it ended early");
         splitter.feed(&chunk[..length], &mut ram).expect("a valid stream");
     }
     assert!(faults.served() > 100, "{} pages kept", faults.served());
@@ -271,8 +270,7 @@ fn capture_serving(machine: &mut Machine, path: &Path, first: Duration) -> Captu
     let mut rest = Vec::new();
     ours.read_to_end(&mut rest).expect("the rest");
     splitter.feed(&rest, &mut ram).expect("a valid stream");
-    while machine.qmp_cut.wait_event(&["MIGRATION"], soon()).expect("the end").data["status"] != "completed" {
-    }
+    machine.wait_captured();
     let (_, residual) = ram.into_inner();
     Capture { ram: path.to_owned(), residual, summary: splitter.finish().expect("a whole stream") }
 }

@@ -4,7 +4,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 
 /// How many of them get on best.
 pub(super) fn threads_beside(machines_run: bool) -> usize {
-    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let processors = crate::processors::count();
     // Guests need the rest. Niceness does not give it to them where threads are grouped by session.
     if machines_run { (processors / 2).max(1) } else { processors }
 }

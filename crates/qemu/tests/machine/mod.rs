@@ -300,6 +300,13 @@ impl Machine {
         if background {
             self.qmp_cut.wait_event(&["RESUME"], soon()).expect("the machine resumes by itself");
         }
+        self.wait_captured();
+        let (_, residual) = sink.into_inner();
+        Capture { ram: ram.to_owned(), residual, summary }
+    }
+
+    /// Until QEMU says that the capture is complete.
+    pub fn wait_captured(&mut self) {
         loop {
             let event = self.qmp_cut.wait_event(&["MIGRATION"], soon()).expect("the end");
             match event.data["status"].as_str() {
@@ -308,8 +315,6 @@ impl Machine {
                 _ => {}
             }
         }
-        let (_, residual) = sink.into_inner();
-        Capture { ram: ram.to_owned(), residual, summary }
     }
 
     /// All of memory as the processor sees it.
