@@ -273,6 +273,42 @@ pub fn threads_of(pid: u32, but: &[u32]) -> Vec<u32> {
         .collect()
 }
 
+impl ProcessId {
+    /// Duplicates of its descriptors that `/proc/PID/fd` shows as `link`.
+    ///
+    /// # Errors
+    /// What the kernel says: this process may not trace that one (pidfd_getfd(2), ptrace(2)), or the kernel is older than 5.6.
+    pub fn duplicates(self, link: &Path) -> io::Result<Vec<OwnedFd>> {
+        let pidfd = self.pidfd().map_err(io::Error::other)?.ok_or(io::ErrorKind::NotFound)?;
+        let mut duplicates = Vec::new();
+        for entry in std::fs::read_dir(format!("/proc/{}/fd", self.pid))? {
+            let path = entry?.path();
+            // One that has been closed meanwhile is none.
+            if !std::fs::read_link(&path).is_ok_and(|found| found == link) {
+                continue;
+            }
+            let number: Option<RawFd> = path.file_name().and_then(|name| name.to_str()?.parse().ok());
+            if let Some(number) = number {
+                duplicates.push(duplicate(&pidfd, number)?);
+            }
+        }
+        Ok(duplicates)
+    }
+}
+
+fn duplicate(pidfd: &OwnedFd, number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_getfd takes numbers only.
+    let copy = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0) })?;
+    // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy as RawFd) })
+}
+
+/// What a thread of that process is called; `None` when it is not there.
+pub fn thread_name(pid: u32, thread: u32) -> Option<String> {
+    let name = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/comm")).ok()?;
+    Some(name.trim_end().to_owned())
+}
+
 /// Sets how the kernel schedules one thread, such as a virtual CPU's (its number is in QMP `query-cpus-fast`).
 pub fn set_thread_policy(thread: u32, policy: Policy) -> Result<(), ProcessError> {
     let (scheduler, nice, sched_priority) = match policy {

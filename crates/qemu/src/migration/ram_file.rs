@@ -9,6 +9,9 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 
+/// Compared as a whole, which takes the time of reading.
+const ZEROS: [u8; PAGE_SIZE_BYTES] = [0; PAGE_SIZE_BYTES];
+
 /// A RAM file that is being filled from a migration stream.
 #[derive(Debug)]
 pub struct RamFile<W> {
@@ -35,23 +38,47 @@ impl<W: Write> RamFile<W> {
         (self.file, self.residual)
     }
 
-    /// Takes a page that did not come with the stream, at byte `offset`. What the stream brings of it later is ignored: it may be
-    /// newer, or half of it.
+    /// Takes pages that did not come with the stream, from byte `offset` on. What the stream brings of them later is ignored: it
+    /// may be newer, or half of it. One that is kept already stays as it is.
     ///
     /// # Errors
-    /// What the file system says; `InvalidInput` for one beyond the file.
-    pub fn keep(&mut self, offset: u64, bytes: &[u8; PAGE_SIZE_BYTES]) -> io::Result<()> {
-        let (word, mask) = Self::bit(offset);
-        if *self.kept.get(word).ok_or(io::ErrorKind::InvalidInput)? & mask != 0 {
-            return Ok(());
+    /// What the file system says; `InvalidInput` for pages beyond the file, and for what is not whole pages.
+    pub fn keep(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let (pages, rest) = bytes.as_chunks::<PAGE_SIZE_BYTES>();
+        if !rest.is_empty() {
+            return Err(io::ErrorKind::InvalidInput.into());
         }
-        if bytes.iter().all(|byte| *byte == 0) {
-            self.zero_page(offset)?;
-        } else {
-            self.page(offset, bytes)?;
+        // Pages in a row, of which something has to be written, are written in one call.
+        let mut row = 0..0;
+        for (index, page) in pages.iter().enumerate() {
+            let at = offset + (index * PAGE_SIZE_BYTES) as u64;
+            let (word, mask) = Self::bit(at);
+            if *self.kept.get(word).ok_or(io::ErrorKind::InvalidInput)? & mask != 0 {
+                continue;
+            }
+            if *page == ZEROS {
+                self.zero_page(at)?;
+            } else {
+                if row.end != index {
+                    self.write_row(offset, pages, &row)?;
+                    row.start = index;
+                }
+                row.end = index + 1;
+                self.written[word] |= mask;
+            }
+            self.kept[word] |= mask;
         }
-        self.kept[word] |= mask;
-        Ok(())
+        self.write_row(offset, pages, &row)
+    }
+
+    fn write_row(
+        &self,
+        offset: u64,
+        pages: &[[u8; PAGE_SIZE_BYTES]],
+        row: &std::ops::Range<usize>,
+    ) -> io::Result<()> {
+        let at = offset + (row.start * PAGE_SIZE_BYTES) as u64;
+        self.file.write_all_at(pages[row.clone()].as_flattened(), at)
     }
 
     /// How many bytes of pages the file holds, holes not counted.
@@ -133,14 +160,20 @@ mod tests {
             ram.keep(offset, &page(byte)).expect("keep");
             ram.keep(offset, &page(7)).expect("kept already");
         }
-        for offset in [0x1000, 0x2000, 0x3000] {
+        // In rows: of these some are kept already, one is zero, and those beyond the file are refused.
+        let row = [page(8), page(8), page(0), page(6), page(5)].concat();
+        ram.keep(0x4000, &row).expect("keep");
+        ram.keep(0x7000, &[page(4), page(3), page(2)].concat()).expect("keep");
+        assert!(ram.keep((1 << 20) - 4096, &[page(1), page(1)].concat()).is_err(), "outside the file");
+        assert!(ram.keep(0xa000, &[1; 4097]).is_err(), "not whole pages");
+        for offset in [0x1000, 0x2000, 0x3000, 0x5000, 0x9000] {
             ram.page(offset, &page(9)).expect("ignored");
         }
         ram.zero_page(0x4000).expect("ignored");
         assert!(ram.keep(1 << 20, &page(1)).is_err(), "outside the file");
-        assert_eq!(ram.written_bytes(), 2 * 4096);
         let (file, _) = ram.into_inner();
-        for (offset, byte) in [(0x1000, 0), (0x2000, 0), (0x3000, 3), (0x4000, 4)] {
+        let row = [(0x5000, 8), (0x6000, 0), (0x7000, 6), (0x8000, 5), (0x9000, 2), (0xa000, 0)];
+        for (offset, byte) in [(0x1000, 0), (0x2000, 0), (0x3000, 3), (0x4000, 4)].into_iter().chain(row) {
             let mut found = page(8);
             file.read_exact_at(&mut found, offset).expect("read");
             assert_eq!(found, page(byte), "{offset:#x}");
