@@ -41,6 +41,11 @@ use crate::priority::schedule_threads;
 /// How long QEMU may take to read what was written to it before its `stop` is sent all the same. A guest whose
 /// receive ring stays full that long (or that has no driver yet) is cut with frames inside QEMU; this is counted.
 const DRAIN_BOUND: Duration = Duration::from_millis(20);
+/// How long a machine may take to stop with its threads before ordinary ones; then for as long they are ordinary ones, and so on.
+/// QEMU's main loop and virtual CPUs wait for each other at spin locks. When whoever holds one is not running, and the others
+/// are real-time threads and as many as there are processors, it never will (seen on two processors). Ordinary threads
+/// all come to run.
+const STOP_PATIENCE: Duration = Duration::from_millis(5);
 /// How often a draining socket is looked at: nothing tells when the other side has read.
 const DRAIN_POLL: Duration = Duration::from_micros(50);
 /// How many probe frames are sent, one after another. One shows that QEMU's receive queue was not blocked when
@@ -239,6 +244,8 @@ pub(super) struct LocalCut {
     stage: Stage,
     machines: Vec<Progress>,
     bound: Duration,
+    /// When machines that do not stop have lost their priority or got it back, and how often.
+    turned: Option<(Time, u32)>,
     held_at: Time,
     stage_since: Time,
     learned: Vec<(NetworkId, [u8; 6], PortId)>,
@@ -264,6 +271,7 @@ impl LocalCut {
             stage: Stage::Draining,
             machines,
             bound: job.bound,
+            turned: None,
             held_at: now,
             stage_since: now,
             learned: Vec::new(),
@@ -323,7 +331,8 @@ impl LocalCut {
             Stage::Stopping | Stage::Saving => self.bound,
             Stage::Undoing => UNDO_BOUND,
         };
-        after(self.stage_since, wait)
+        let end = after(self.stage_since, wait);
+        if self.stage == Stage::Stopping { end.min(self.next_turn()) } else { end }
     }
 
     /// How long to wait when nothing is to be read and the stage polls.
@@ -455,6 +464,9 @@ impl LocalCut {
             if progress.running {
                 progress.prefer_others(true);
             }
+            if self.turned.is_some() {
+                progress.schedule_service(Policy::First);
+            }
             let now = io.now();
             progress.cut_at = Some(now);
             if let Goal::Snapshot { epoch, .. } = self.goal {
@@ -471,7 +483,32 @@ impl LocalCut {
             let now = io.now();
             self.enter(Stage::Saving, now);
         } else {
+            self.take_turns(io.now());
             self.fail_when_late(segment, io);
+        }
+    }
+
+    fn next_turn(&self) -> Time {
+        after(self.turned.map_or(self.stage_since, |(at, _)| at), STOP_PATIENCE)
+    }
+
+    /// Machines that do not stop have no priority every other while: whatever they wait for comes to run.
+    fn take_turns(&mut self, now: Time) {
+        if now < self.next_turn() {
+            return;
+        }
+        let turns = self.turned.map_or(0, |(_, turns)| turns) + 1;
+        self.turned = Some((now, turns));
+        let usual = Policy::Normal { nice: super::plane::VCPU_NICE };
+        let (service, guest) = match turns % 2 {
+            0 => (Policy::First, Policy::Second),
+            _ => (Policy::Normal { nice: 0 }, usual),
+        };
+        for progress in self.machines.iter().filter(|progress| progress.cut_at.is_none()) {
+            let machine = &progress.machine.name;
+            tracing::debug!(machine, turns, ?service, "does not stop");
+            progress.schedule_service(service);
+            progress.schedule_guest(guest);
         }
     }
 
@@ -1001,7 +1038,7 @@ pub(crate) fn prefer_others(vcpu_threads: &[u32], yes: bool) {
 
 /// Whether this user's threads can leave the idle policy again: without privilege they stay in it for ever. Tried once,
 /// by a thread that is not needed afterwards.
-fn may_return_from_idle() -> bool {
+pub(super) fn may_return_from_idle() -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
     *ANSWER.get_or_init(|| {
         let attempt = || {

@@ -51,6 +51,8 @@ impl DataPlane {
             Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let (tasks, receiver) = channel();
         let mut plane = Plane::new(Arc::clone(&wake))?;
+        // Found out before a cut asks for it: it takes another thread, which would have to wait for a processor.
+        local_cut::may_return_from_idle();
         std::thread::Builder::new().name("dataplane".into()).spawn(move || plane.run(&receiver))?;
         Ok(Self { tasks, wake })
     }
