@@ -1,9 +1,8 @@
 //! Taking one machine's migration stream apart while QEMU writes it.
 //!
 //! The capture thread does nothing but read, parse and write pages into the RAM file: while it is late, the guest's writes
-//! wait. Hashing and storing follow when it is done. While the guest runs it reads at a [pace](crate::pace) that leaves
-//! processors to guests, goes, with others that they wait for, [before ordinary threads](crate::haste), and takes the pages that
-//! they [want to write to](diorama_qemu::userfault) by itself.
+//! wait. Hashing and storing follow when it is done. While the guest runs it [takes memory itself](live), at a
+//! [pace](crate::pace) that leaves processors to guests.
 //!
 //! A *gate* keeps QEMU waiting for its reader, and so decides when it goes on:
 //!
@@ -21,10 +20,12 @@
 //! (QEMU 7.2, and later). So a capture that failed or was given up goes on reading and throws away what it reads; and
 //! the [`crate::keeper`] does that for an agent that has died.
 
+mod live;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,13 +34,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use diorama_qemu::migration::{RamFile, Splitter, StreamError};
-use diorama_qemu::process::ProcessId;
-use diorama_qemu::userfault::WriteFaults;
 use nix::sys::socket::{setsockopt, sockopt};
 
-use crate::haste::{HURRIED, Service};
-use crate::pace::Pace;
-use crate::priority::schedule_this_thread;
+use self::live::Live;
+use crate::haste::Service;
 
 /// How much is read of the stream at once.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -171,7 +169,7 @@ struct GateState {
 
 impl Capture {
     /// Starts the thread. Returns the socket's other end, for QEMU. A `live` stream is read to its end whatever happens, and at the
-    /// [pace](Pace) that its guest can bear.
+    /// [pace](crate::pace) that its guest can bear.
     pub(crate) fn start(
         machine: &str,
         ram_path: PathBuf,
@@ -366,11 +364,16 @@ fn fill(theirs: &UnixStream) -> std::io::Result<usize> {
     result
 }
 
-fn set_buffer(theirs: &UnixStream, bytes: usize) {
+fn set_buffer(theirs: &impl AsFd, bytes: usize) {
     // Root may have more than the usual bound; others take what they get.
     if setsockopt(theirs, sockopt::SndBufForce, &bytes).is_err() {
         let _ = setsockopt(theirs, sockopt::SndBuf, &bytes);
     }
+}
+
+/// What `/proc/PID/fd` calls a socket, in whichever process.
+fn socket_link(socket: &UnixStream) -> std::io::Result<PathBuf> {
+    Ok(PathBuf::from(format!("socket:[{}]", nix::sys::stat::fstat(socket)?.st_ino)))
 }
 
 /// Takes what still comes to its end, and keeps none of it.
@@ -385,14 +388,6 @@ pub(crate) fn read_out(stream: &mut UnixStream) -> std::io::Result<()> {
             Err(error) => return Err(error),
         }
     }
-}
-
-/// Where they may not be had, QEMU alone helps those who wait.
-fn faults_of(machine: &str, process: ProcessId, memory_bytes: u64) -> WriteFaults {
-    WriteFaults::of(process, memory_bytes).unwrap_or_else(|error| {
-        tracing::debug!(machine, %error, "it is not seen when a guest waits");
-        WriteFaults::default()
-    })
 }
 
 fn split(
@@ -415,9 +410,10 @@ fn split(
         gated.gate.pass();
         set_buffer(&gated.theirs, LIVE_BUFFER_BYTES);
     }
+    let theirs = socket_link(&gated.theirs).map_err(failed)?;
     // Or this end would keep the socket open when QEMU has closed it.
     drop(gated.theirs);
-    let mut live: Option<(Pace, WriteFaults)> = None;
+    let mut live: Option<Live> = None;
     loop {
         if gated.gate.discarding.load(Ordering::Relaxed) {
             return Err(CaptureError::GivenUp);
@@ -432,21 +428,10 @@ fn split(
         if splitter.pages_seen() > 0 {
             gated.gate.memory_comes.store(true, Ordering::Release);
             if splitter.ram_complete() {
-                if let Some((_, faults)) = live.take() {
-                    let (pages, refused) = (faults.served(), faults.refused());
-                    tracing::debug!(machine, pages, ?refused, "taken as guests wanted to write to them");
-                }
+                live = None;
             } else if let Some(service) = &gated.live {
-                let (pace, faults) = live.get_or_insert_with(|| {
-                    schedule_this_thread(HURRIED, "a guest waits for it");
-                    // QEMU's capture thread may be new.
-                    service.hurry();
-                    (Pace::new(memory_bytes / 4096), faults_of(machine, service.process, memory_bytes))
-                });
-                let pause = pace.next(splitter.pages_seen());
-                // Whether the time is over or somebody waits for QEMU: QEMU goes on.
-                faults
-                    .serve(pause, &mut |offset, page| ram.keep(offset, page))
+                live.get_or_insert_with(|| Live::begin(machine, service, memory_bytes, &theirs))
+                    .wait(splitter.pages_seen(), &mut ram)
                     .map_err(|source| splits(StreamError::Sink(source)))?;
             }
         }

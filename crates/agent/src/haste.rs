@@ -6,10 +6,15 @@
 //! more than its share before, it may be late by a tenth of a second. So they go before ordinary threads from the cut until all
 //! is stored (before it, they would make hosts be cut apart from each other); the [pace](crate::pace) keeps what captures take of the processors within bounds.
 
-use diorama_qemu::process::{Policy, ProcessId, threads_of};
+use diorama_qemu::process::{Policy, ProcessId, thread_name, threads_of};
 
 use crate::dataplane::DataPlane;
 use crate::priority::schedule_threads;
+
+/// What QEMU calls the thread of a live capture.
+pub(crate) const CAPTURE_THREAD: &str = "bg_snapshot";
+/// The niceness of a capture thread, and of its reader, when nobody waits for them.
+pub(crate) const EASED_NICE: i32 = 10;
 
 /// A QEMU whose machine runs.
 #[derive(Debug, Clone)]
@@ -23,6 +28,15 @@ impl Service {
     /// Puts its threads, those that have come since as well, before ordinary ones. Only root may; for others nothing changes.
     pub(crate) fn hurry(&self) {
         self.schedule(HURRIED);
+    }
+
+    /// Puts its capture thread behind ordinary ones: nobody waits for it.
+    pub(crate) fn ease(&self) {
+        let mut threads = threads_of(self.process.pid, &self.vcpu_threads);
+        threads.retain(|thread| {
+            thread_name(self.process.pid, *thread).is_some_and(|name| name == CAPTURE_THREAD)
+        });
+        schedule_threads(&threads, Policy::Normal { nice: EASED_NICE });
     }
 
     fn schedule(&self, policy: Policy) {

@@ -1,12 +1,9 @@
 //! How a snapshot's work shares the processors with guests.
 //!
-//! QEMU's capture thread takes a processor for as long as its reader lets it: some 4 µs a page, three system calls, zero or not.
-//! On a computer whose processors guests need, captures at full speed leave these standing for tenths of seconds: long enough
-//! for TCP to send again what is only late. So the reader sets the [`Pace`]: it begins gently, goes faster while
-//! processors are idle, and slower while none is.
-//!
-//! A guest that writes to a page which is not saved yet does not wait for QEMU and its pace: the reader, while it waits itself,
-//! [takes that page](diorama_qemu::userfault) and lets the guest go on.
+//! A live capture takes a processor for as long as it is let: QEMU's capture thread some 4 µs a page, three system calls,
+//! zero or not, and its reader, which [takes pages itself](diorama_qemu::userfault), half of that. On a computer whose processors guests need,
+//! captures at full speed leave these standing for tenths of seconds: long enough for TCP to send again what is only late.
+//! So the reader sets the [`Pace`]: it begins gently, goes faster while processors are idle, and slower while none is.
 //!
 //! What can wait, huge pages before the cut and storing after it, is done with [`Breaks`].
 
@@ -15,9 +12,7 @@ use std::time::{Duration, Instant};
 
 use crate::processors::{self, Processors};
 
-/// Pages a second at the least and at the beginning, of each machine: about a twentieth of a processor.
-const LEAST_RATE: u64 = 10_000;
-/// More than QEMU can do.
+/// More than can be done.
 const MOST_RATE: u64 = 400_000;
 /// How long a whole capture is to take at the most. Machines of many GiB take as long as QEMU takes at full speed.
 const LONGEST_SECONDS: u64 = 10;
@@ -29,23 +24,47 @@ const MUCH_IDLE_PERCENT: u64 = 20;
 const SPARED_PERCENT: u64 = 10;
 /// With less than this, slower.
 const LITTLE_IDLE_PERCENT: u64 = 5;
-/// What a page takes of a processor, about: QEMU's three system calls and the reader's part.
-const PAGE_COST_MICROS: u64 = 6;
 /// The shortest time between two looks: a reader that is woken for every page costs more than the page does.
 const LOOK_INTERVAL: Duration = Duration::from_micros(50);
 /// How far pages that were read early, since somebody waited for QEMU, may put off others.
 const LONGEST_DEBT: Duration = Duration::from_millis(10);
-/// How many times as long the [`Breaks`] are when hardly any processor is idle.
-const BUSY_REST: u32 = 3;
 /// The longest of the [`Breaks`].
 const LONGEST_BREAK: Duration = Duration::from_millis(20);
 
 /// How many live captures there are in this process: they share what is idle.
 static CAPTURES: AtomicU64 = AtomicU64::new(0);
 
+/// What is done with each page of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Work {
+    /// The reader takes it out of QEMU's memory.
+    Take,
+    /// QEMU sends it, and the reader reads it.
+    Send,
+}
+
+impl Work {
+    /// Pages a second at the least and at the beginning, of each machine: a twentieth of a processor or less.
+    fn least_rate(self) -> u64 {
+        match self {
+            Self::Take => 15_000,
+            Self::Send => 10_000,
+        }
+    }
+
+    /// What a page takes of a processor, about.
+    fn page_cost(self) -> Duration {
+        match self {
+            Self::Take => Duration::from_micros(2),
+            Self::Send => Duration::from_micros(6),
+        }
+    }
+}
+
 /// The pace of one capture.
 #[derive(Debug)]
 pub(crate) struct Pace {
+    work: Work,
     /// In pages a second.
     rate: u64,
     least: u64,
@@ -58,20 +77,21 @@ pub(crate) struct Pace {
 }
 
 impl Pace {
-    /// For a machine with so many pages, from the first of them on.
-    pub(crate) fn new(memory_pages: u64) -> Self {
-        let least = (memory_pages / LONGEST_SECONDS).clamp(LEAST_RATE, MOST_RATE);
+    /// For a machine with so many pages, of which so many have come already.
+    pub(crate) fn new(work: Work, memory_pages: u64, pages: u64) -> Self {
+        let least = (memory_pages / LONGEST_SECONDS).clamp(work.least_rate(), MOST_RATE);
         let now = Instant::now();
         let processors = processors::count() as u64;
         CAPTURES.fetch_add(1, Ordering::Relaxed);
-        Self { rate: least, least, processors, pages: 0, looked: now, load: Load::new(now) }
+        Self { work, rate: least, least, processors, pages, looked: now, load: Load::new(now) }
     }
 
     /// How long the reader waits when so many pages have come in all.
     pub(crate) fn next(&mut self, pages: u64) -> Duration {
         let now = Instant::now();
         if let Some(idle_percent) = self.load.idle_percent(now) {
-            let headroom = headroom(idle_percent, self.processors, CAPTURES.load(Ordering::Relaxed));
+            let captures = CAPTURES.load(Ordering::Relaxed);
+            let headroom = headroom(idle_percent, self.processors, captures, self.work.page_cost());
             self.rate = change(self.rate, self.least, idle_percent, headroom);
         }
         let worth = span(pages - self.pages, self.rate).max(LOOK_INTERVAL);
@@ -94,9 +114,9 @@ fn span(pages: u64, rate: u64) -> Duration {
 }
 
 /// How many pages a second more each capture could take of the idle processors.
-fn headroom(idle_percent: u64, processors: u64, captures: u64) -> u64 {
+fn headroom(idle_percent: u64, processors: u64, captures: u64, page_cost: Duration) -> u64 {
     let spare_micros = idle_percent.saturating_sub(SPARED_PERCENT) * 10_000 * processors;
-    spare_micros / PAGE_COST_MICROS / captures.max(1)
+    spare_micros / page_cost.as_micros() as u64 / captures.max(1)
 }
 
 /// The next rate. Half of the headroom, since others may see the same processors idle: those that other agents
@@ -115,6 +135,8 @@ fn change(rate: u64, least: u64, idle_percent: u64, headroom: u64) -> u64 {
 pub(crate) struct Breaks {
     /// For so many times as long as the piece took.
     rest: u32,
+    /// The same when hardly any processor is idle.
+    busy_rest: u32,
     /// When it went on after the last.
     since: Instant,
     idle_percent: u64,
@@ -123,9 +145,9 @@ pub(crate) struct Breaks {
 
 impl Breaks {
     /// The work begins.
-    pub(crate) fn new(rest: u32) -> Self {
+    pub(crate) fn new(rest: u32, busy_rest: u32) -> Self {
         let now = Instant::now();
-        Self { rest, since: now, idle_percent: 0, load: Load::new(now) }
+        Self { rest, busy_rest, since: now, idle_percent: 0, load: Load::new(now) }
     }
 
     /// A short piece of it is done.
@@ -135,7 +157,7 @@ impl Breaks {
         let rest = match self.idle_percent {
             MUCH_IDLE_PERCENT.. => 0,
             LITTLE_IDLE_PERCENT.. => self.rest,
-            _ => self.rest * BUSY_REST,
+            _ => self.busy_rest,
         };
         // A piece that took long had to wait for something itself.
         std::thread::sleep(((now - self.since) * rest).min(LONGEST_BREAK));
@@ -172,8 +194,9 @@ mod tests {
 
     #[test]
     fn idle_processors_make_it_faster() {
-        let step = |rate, idle| change(rate, LEAST_RATE, idle, headroom(idle, 4, 2));
-        let mut rate = LEAST_RATE;
+        let least = Work::Send.least_rate();
+        let step = |rate, idle| change(rate, least, idle, headroom(idle, 4, 2, Work::Send.page_cost()));
+        let mut rate = least;
         for _ in 0..6 {
             rate = step(rate, 100);
         }
@@ -182,29 +205,32 @@ mod tests {
         for _ in 0..20 {
             rate = step(rate, 0);
         }
-        assert_eq!(rate, LEAST_RATE);
+        assert_eq!(rate, least);
     }
 
     #[test]
     fn what_is_idle_is_not_taken_twice() {
         // A fifth of two processors, three captures: what a tenth of them can do, halved.
-        assert_eq!(headroom(20, 2, 3), 11_111);
-        assert_eq!(change(40_000, LEAST_RATE, 20, 11_111), 45_555);
-        assert_eq!(headroom(5, 2, 3), 0);
-        assert_eq!(headroom(100, 2, 0), headroom(100, 2, 1));
+        let headroom = |idle_percent, captures| headroom(idle_percent, 2, captures, Work::Send.page_cost());
+        assert_eq!(headroom(20, 3), 11_111);
+        assert_eq!(change(40_000, 10_000, 20, 11_111), 45_555);
+        assert_eq!(headroom(5, 3), 0);
+        assert_eq!(headroom(100, 0), headroom(100, 1));
     }
 
     #[test]
     fn large_machines_are_not_captured_for_ever() {
         let pages = (16 << 30) / 4096;
-        let mut pace = Pace::new(pages);
-        pace.rate = change(pace.rate, pace.least, 0, 0);
-        assert!(span(pages, pace.rate) <= Duration::from_secs(LONGEST_SECONDS + 1), "{pace:?}");
+        for work in [Work::Take, Work::Send] {
+            let mut pace = Pace::new(work, pages, 0);
+            pace.rate = change(pace.rate, pace.least, 0, 0);
+            assert!(span(pages, pace.rate) <= Duration::from_secs(LONGEST_SECONDS + 1), "{pace:?}");
+        }
     }
 
     #[test]
     fn the_reader_waits_as_long_as_the_pages_are_worth() {
-        let mut pace = Pace::new(65_536);
+        let mut pace = Pace::new(Work::Send, 65_536, 0);
         let wait = pace.next(250);
         assert!(wait <= Duration::from_millis(25) && wait > Duration::from_millis(15), "{wait:?}");
         // Long past: only the look's own time counts.
@@ -216,7 +242,7 @@ mod tests {
 
     #[test]
     fn pages_that_were_read_early_put_off_others_but_not_for_long() {
-        let mut pace = Pace::new(65_536);
+        let mut pace = Pace::new(Work::Send, 65_536, 0);
         // The reader did not wait, twice.
         pace.next(20);
         pace.next(40);
@@ -231,7 +257,7 @@ mod tests {
 
     #[test]
     fn breaks_follow_the_work() {
-        let mut breaks = Breaks::new(2);
+        let mut breaks = Breaks::new(2, 4);
         breaks.load.looked += Duration::from_secs(3600);
         breaks.since -= Duration::from_millis(5);
         let began = Instant::now();

@@ -3,11 +3,15 @@
 
 use diorama_qemu::process::{Policy, set_thread_policy};
 
-/// Schedules the calling thread so; `what` it does is for the log, if it may not.
-pub(crate) fn schedule_this_thread(policy: Policy, what: &'static str) {
+/// Schedules the calling thread so; `what` it does is for the log, if it may not. Returns whether it may.
+pub(crate) fn schedule_this_thread(policy: Policy, what: &'static str) -> bool {
     let thread = nix::unistd::gettid().as_raw().cast_unsigned();
-    if let Err(error) = set_thread_policy(thread, policy) {
-        tracing::debug!(what, %error, "a thread keeps its priority");
+    match set_thread_policy(thread, policy) {
+        Ok(()) => true,
+        Err(error) => {
+            tracing::debug!(what, %error, "a thread keeps its priority");
+            false
+        }
     }
 }
 

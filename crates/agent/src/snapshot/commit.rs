@@ -34,6 +34,8 @@ use crate::slot::Slot;
 const STORE_NICE: i32 = 10;
 /// How long storing rests, for the time it works.
 const STORE_REST: u32 = 1;
+/// The same when hardly any processor is idle.
+const BUSY_STORE_REST: u32 = 3;
 
 impl Attempt<'_> {
     /// Puts the frames in flight into the store and says how they add up.
@@ -302,7 +304,7 @@ impl Job<'_> {
         let _turn = self.turns.take();
         self.operation.check()?;
         let ram = File::open(&ram_path).map_err(|error| io_error(&ram_path, &error))?;
-        let mut breaks = self.beside_guests.then(|| Breaks::new(STORE_REST));
+        let mut breaks = self.beside_guests.then(|| Breaks::new(STORE_REST, BUSY_STORE_REST));
         let ram = self
             .writer
             .put_ram(&machine.name, &ram, spec.memory_bytes, &mut |done, total| {

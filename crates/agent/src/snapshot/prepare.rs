@@ -17,7 +17,7 @@ use crate::Agent;
 use crate::capture::{Capture, CaptureError, Gating};
 use crate::dataplane::{Command, CutJob, CutMachine, Goal, Monitor, Resume, SegmentId, wait_until_read};
 use crate::disks::{new_layer, reconcile};
-use crate::haste::{Haste, Service};
+use crate::haste::{CAPTURE_THREAD, Haste, Service};
 use crate::keeper::Keeper;
 use crate::launch::{COMMAND_LIMIT, SocketPaths};
 use crate::memory::HostMemory;
@@ -38,10 +38,10 @@ const SETUP_LOCKED_SINCE: (u64, u64, u64) = (9, 0, 0);
 /// The first QEMU after whose live capture a machine is as it was before, standing in our case ("migration: preserve
 /// suspended for bg_migration"); before, it always ran.
 const LEFT_AS_FOUND_SINCE: (u64, u64, u64) = (8, 2, 50);
-/// The thread that QEMU captures live in, by its name.
-const CAPTURE_THREAD: &str = "bg_snapshot";
 /// How long putting memory into huge pages rests, for the time it works: meanwhile the machine's page faults wait.
 const COLLAPSE_REST: u32 = 3;
+/// The same when hardly any processor is idle.
+const BUSY_COLLAPSE_REST: u32 = 9;
 /// How long it may take to read all memory once. Past this the pause is longer, and nothing worse.
 const READ_BOUND: Duration = Duration::from_secs(10);
 const READ_POLL: Duration = Duration::from_millis(1);
@@ -583,7 +583,7 @@ fn collapse(plan: &Plan) {
         tracing::debug!(machine = plan.name, "too little memory is free for huge pages");
         return;
     }
-    let mut breaks = Breaks::new(COLLAPSE_REST);
+    let mut breaks = Breaks::new(COLLAPSE_REST, BUSY_COLLAPSE_REST);
     if let Err(error) = memory::collapse(plan.service.process, plan.memory_bytes, || breaks.take()) {
         tracing::debug!(machine = plan.name, %error, "memory stays in small pages");
     }
