@@ -188,9 +188,11 @@ pub fn machine_states(lab: &Lab) -> Vec<(String, String)> {
     machines.iter().map(|machine| (text(&machine["host"]), text(&machine["state"]))).collect()
 }
 
+/// The other machine may not have booted yet.
 #[track_caller]
 fn pings(lab: &Lab, machine: &str, address: &str) {
-    lab.shell("wide", machine, &format!("ping -c 3 -W 5 {address}"));
+    let tries = format!("for i in $(seq 40); do ping -c 1 -W 1 {address} && exit; sleep 0.5; done; exit 1");
+    lab.shell("wide", machine, &tries);
 }
 
 /// A command that is wrong in itself.
