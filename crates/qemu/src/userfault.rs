@@ -222,8 +222,11 @@ impl ProtectedMemory {
         };
         // Perhaps it was not protected any more, or it is other memory, such as a display's: its writer faults once more, for
         // QEMU to see.
-        wake(descriptor, address)?;
-        taken
+        let woken = wake(descriptor, address);
+        // What could not be kept must not be taken for something that QEMU may still send.
+        let taken = taken?;
+        woken?;
+        Ok(taken)
     }
 
     /// Keeps those of some pages that are still protected, and takes their protection away. Returns how many.
@@ -249,20 +252,19 @@ impl ProtectedMemory {
         let (entries, _) = entries.as_chunks();
         let is_protected = |page: &usize| u64::from_ne_bytes(entries[*page]) & PAGEMAP_PROTECTED != 0;
         let (mut taken, mut first) = (0, 0);
-        let mut failed = Ok(());
         while first < pages {
             let run = (first..pages).take_while(is_protected).count();
             if run > 0 {
                 let (at, length) = (first * PAGE_SIZE_BYTES, run * PAGE_SIZE_BYTES);
                 let kept = keep(offset + at as u64, &copies[at..at + length]);
-                failed = failed.and(kept);
                 // Kept or not: nobody is to wait for what has failed.
                 unprotect(descriptor, Range { start: address + at as u64, length: length as u64 })?;
+                kept.map_err(Unserved::Kept)?;
                 taken += run as u64;
             }
             first += run + 1;
         }
-        failed.map(|()| taken).map_err(Unserved::Kept)
+        Ok(taken)
     }
 }
 
