@@ -47,10 +47,8 @@ pub(super) struct Live<'a> {
 enum Stage {
     /// Pages are taken, so many by now, and the next when it is time.
     Taking { pages: u64, pace: Pace, next: Instant },
-    /// Nobody waits for QEMU.
-    Eased(Pace),
-    /// Somebody may.
-    Hurried(Pace),
+    /// QEMU sends; `eased` while nobody waits for that.
+    Sending { pace: Pace, eased: bool },
 }
 
 impl<'a> Live<'a> {
@@ -89,28 +87,24 @@ impl<'a> Live<'a> {
                 }
                 // All was taken or handed out, but for what QEMU had sent before; or the rest is QEMU's.
                 let all = *pages == self.memory_pages && self.faults.refused().is_none();
-                let pace = Pace::new(Work::Send, self.memory_pages, pages_seen);
-                self.stage = if all && self.may_hurry {
+                let eased = all && self.may_hurry;
+                if eased {
                     self.service.ease();
                     for socket in self.service.process.duplicates(self.theirs).unwrap_or_default() {
                         set_buffer(&socket, EASED_BUFFER_BYTES);
                     }
                     schedule_this_thread(Policy::Normal { nice: EASED_NICE }, "nobody waits for it");
-                    Stage::Eased(pace)
-                } else {
-                    Stage::Hurried(pace)
-                };
-            }
-            Stage::Eased(pace) => {
-                let pause = pace.next(pages_seen);
-                // For what is not main memory. Or it is through with that.
-                if self.faults.serve(pause, keep)? == Waiting::ForQemu || pages_seen >= self.memory_pages {
-                    hurry(self.service);
-                    self.stage = Stage::Hurried(Pace::new(Work::Send, self.memory_pages, pages_seen));
                 }
+                let pace = Pace::new(Work::Send, self.memory_pages, pages_seen);
+                self.stage = Stage::Sending { pace, eased };
             }
-            Stage::Hurried(pace) => {
-                self.faults.serve(pace.next(pages_seen), keep)?;
+            Stage::Sending { pace, eased } => {
+                let waiting = self.faults.serve(pace.next(pages_seen), keep)?;
+                // For what is not main memory. Or it is through with that.
+                if *eased && (waiting == Waiting::ForQemu || pages_seen >= self.memory_pages) {
+                    hurry(self.service);
+                    *eased = false;
+                }
             }
         }
         Ok(())
