@@ -16,6 +16,7 @@ use diorama_qemu::userfault::{Waiting, WriteFaults};
 use machine::{COUNTER_AT, Capture, MEMORY_BYTES, Machine, SECOND, Scratch, WALK_AT, WALK_PAGES, qemu, soon};
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::{Value, json};
+use std::collections::HashSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -233,8 +234,12 @@ fn it_is_seen_when_a_guest_waits_for_a_page() {
         let mut faults = WriteFaults::of(process, size).expect("its descriptors");
         assert!(!faults.is_empty());
         let mut nothing = |_, _: &[u8]| panic!("a page of what?");
-        let waiting = faults.serve(SECOND, &mut nothing).expect("nothing fails");
-        assert_eq!(waiting, Waiting::ForQemu, "{size}");
+        // Whoever reads first that somebody waits knows it alone. When that was QEMU, it must go on before it happens again.
+        let pause = Duration::from_millis(20);
+        while faults.serve(pause, &mut nothing).expect("nothing fails") == Waiting::Nobody {
+            let length = ours.read(&mut [0; PAGE_SIZE_BYTES]).expect("the stream");
+            assert!(length > 0, "nobody was seen to wait: {size}");
+        }
         ours.read_to_end(&mut Vec::new()).expect("the whole stream");
         let waiting = faults.serve(Duration::ZERO, &mut nothing).expect("nothing fails");
         assert_eq!((waiting, faults.served()), (Waiting::Nobody, 0), "nobody waits any more");
@@ -280,8 +285,8 @@ fn capture_serving(machine: &mut Machine, path: &Path, first: Duration, take: bo
         assert!(length > 0, "it ended early");
         splitter.feed(&chunk[..length], &mut ram).expect("a valid stream");
     }
-    assert!(faults.served() > 20, "{} pages kept", faults.served());
-    assert!(take || faults.served() > 100, "{} pages kept", faults.served());
+    let served = faults.served();
+    assert!(take || first.is_zero() || served > 100, "{served} pages kept");
     drop(faults);
     let mut rest = Vec::new();
     ours.read_to_end(&mut rest).expect("the rest");
@@ -362,15 +367,16 @@ fn a_residual_that_was_cut_is_refused_by_qemu() {
     assert!(text.contains("QEMU ended") || text.contains("closed"), "{text}");
 }
 
-/// Sends the pages that QEMU asks for, and nothing else, until it has ended the load.
-fn send_what_is_asked_for(stream: &UnixStream, ram: &fs::File, section: u32, ready: &Sender<()>) -> usize {
+/// Sends the pages that QEMU asks for, each once, and nothing else, until it has ended the load.
+fn send_what_is_asked_for(mut stream: UnixStream, ram: &fs::File, section: u32, ready: &Sender<()>) -> usize {
     let mut reader = ReplyReader::default();
     let mut chunk = [0; 4096];
-    let mut sent = 0;
+    // QEMU asks once for each thread that waits for a page, and cannot place it a second time.
+    let mut sent = HashSet::new();
     loop {
-        let length = { stream }.read(&mut chunk).expect("the return path");
+        let length = stream.read(&mut chunk).expect("the return path");
         if length == 0 {
-            return sent;
+            return sent.len();
         }
         reader.feed(&chunk[..length]);
         while let Some(reply) = reader.next_reply().expect("a reply") {
@@ -379,6 +385,9 @@ fn send_what_is_asked_for(stream: &UnixStream, ram: &fs::File, section: u32, rea
                 Reply::Shut { status } => assert_eq!(status, 0),
                 Reply::Request { block, offset, bytes } => {
                     assert_eq!((block.as_str(), bytes), (RAM_BLOCK, 4096));
+                    if !sent.insert(offset) {
+                        continue;
+                    }
                     let mut page = [0; PAGE_SIZE_BYTES];
                     ram.read_exact_at(&mut page, offset).expect("a page");
                     let mut pages = Pages::new(section);
@@ -386,8 +395,7 @@ fn send_what_is_asked_for(stream: &UnixStream, ram: &fs::File, section: u32, rea
                         true => pages.zero(RAM_BLOCK, offset),
                         false => pages.page(RAM_BLOCK, offset, &page),
                     }
-                    { stream }.write_all(&pages.finish()).expect("sent");
-                    sent += 1;
+                    stream.write_all(&pages.finish()).expect("sent");
                 }
             }
         }
@@ -404,39 +412,42 @@ fn a_machine_runs_before_its_memory_is_there_and_is_captured_afterwards() {
     let captured = fs::read(&first.ram).expect("memory");
 
     let opening = postcopy::opening(&first.residual, RAM_BLOCK, MEMORY_BYTES).expect("the device state");
-    let (mut machine, stream) = Machine::begin_postcopy(&scratch, "lazy");
+    let (mut machine, mut stream) = Machine::begin_postcopy(&scratch, "lazy");
     let file = fs::File::open(&first.ram).expect("memory");
     let (ready, is_ready) = channel();
-    std::thread::scope(|scope| {
-        let source = scope.spawn(|| send_what_is_asked_for(&stream, &file, opening.ram_section, &ready));
-        { &stream }.write_all(&opening.bytes).expect("the opening");
-        is_ready.recv().expect("the devices are loaded");
-        while machine.qmp.execute("query-status", Value::Null, SECOND).expect("status")["status"]
-            == "inmigrate"
-        {}
-        machine.qmp.execute("cont", Value::Null, SECOND).expect("cont");
-        machine.qmp.wait_event(&["RESUME"], soon()).expect("it runs");
-        let counter = |memory: &[u8]| {
-            u32::from_le_bytes(memory[COUNTER_AT..COUNTER_AT + 4].try_into().expect("four bytes"))
-        };
-        // Reading all of memory has all of it sent.
-        let dumped = machine.dump_memory(&scratch.path("dump"));
-        let page = COUNTER_AT..COUNTER_AT + 4096;
-        assert!(dumped[..page.start] == captured[..page.start], "memory below the counter is another");
-        assert!(dumped[page.end..] == captured[page.end..], "memory above the counter is another");
-        let deadline = soon();
-        while counter(&machine.dump_memory(&scratch.path("dump"))) == counter(&dumped) {
-            assert!(Instant::now() < deadline, "it does not run");
-        }
-        { &stream }.write_all(&postcopy::closing(opening.ram_section)).expect("the closing");
-        assert_eq!(source.join().expect("the source"), captured.len() / 4096);
+    // Not a scoped thread: when something fails here, the machine ends first, and then this.
+    let source = std::thread::spawn({
+        let stream = stream.try_clone().expect("a duplicate");
+        move || send_what_is_asked_for(stream, &file, opening.ram_section, &ready)
     });
+    stream.write_all(&opening.bytes).expect("the opening");
+    is_ready.recv_timeout(SECOND).expect("the devices are loaded");
+    let deadline = soon();
+    while machine.qmp.execute("query-status", Value::Null, SECOND).expect("status")["status"] == "inmigrate" {
+        assert!(Instant::now() < deadline, "the load goes on for ever");
+    }
+    machine.qmp.execute("cont", Value::Null, SECOND).expect("cont");
+    machine.qmp.wait_event(&["RESUME"], soon()).expect("it runs");
+    let counter = |memory: &[u8]| {
+        u32::from_le_bytes(memory[COUNTER_AT..COUNTER_AT + 4].try_into().expect("four bytes"))
+    };
+    // Reading all of memory has all of it sent.
+    let dumped = machine.dump_memory(&scratch.path("dump"));
+    let page = COUNTER_AT..COUNTER_AT + 4096;
+    assert!(dumped[..page.start] == captured[..page.start], "memory below the counter is another");
+    assert!(dumped[page.end..] == captured[page.end..], "memory above the counter is another");
+    let deadline = soon();
+    while counter(&machine.dump_memory(&scratch.path("dump"))) == counter(&dumped) {
+        assert!(Instant::now() < deadline, "it does not run");
+    }
+    stream.write_all(&postcopy::closing(opening.ram_section)).expect("the closing");
     loop {
         let event = machine.qmp.wait_event(&["MIGRATION"], soon()).expect("the end of the load");
         if event.data["status"] == "completed" {
             break;
         }
     }
+    assert_eq!(source.join().expect("the source"), captured.len() / 4096);
     let second = machine.capture(&scratch.path("ram2"));
     assert_eq!(second.summary.pages + second.summary.zero_pages, MEMORY_BYTES / 4096);
     let mut again = Machine::restore(&scratch, "again", &second, |_| {});

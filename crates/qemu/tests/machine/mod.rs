@@ -71,6 +71,8 @@ pub struct Machine {
     pub qmp: Client,
     pub qmp_cut: Client,
     serial: UnixStream,
+    /// The other end of its network interface, which nobody reads.
+    _nic: UnixStream,
     memory_bytes: u64,
 }
 
@@ -214,7 +216,7 @@ impl Machine {
             vcpus: capability::minimum_vcpus(qemu, Accelerator::Tcg),
             memory_bytes: MEMORY_BYTES,
             boot: BootSource::Kernel { kernel: boot_sector(scratch), initrd: None, cmdline: String::new() },
-            nics: vec![NicConfig { mac: [0x52, 0x54, 0, 0, 0, 1], mtu: 1500, socket: nic_socket }],
+            nics: vec![NicConfig { mac: [0x52, 0x54, 0, 0, 0, 1], mtu: 1500, socket: nic_socket.clone() }],
             disks: Vec::new(),
             ram: RamSource::Anonymous,
             sockets: Sockets {
@@ -239,10 +241,13 @@ impl Machine {
             Err(QmpError::Disconnected { .. }) => Err(StartError::from(process.explain_end(soon()))),
             other => other.map_err(StartError::from),
         };
-        let clients = connect(&qmp_path).and_then(|qmp| Ok((qmp, connect(&qmp_cut_path)?)));
-        match clients {
-            Ok((qmp, qmp_cut)) => {
-                Ok(Machine { process, qmp, qmp_cut, serial, memory_bytes: config.memory_bytes })
+        let connected = connect(&qmp_path).and_then(|mut qmp| {
+            let nic = connect_nic(&nic_socket, &mut qmp)?;
+            Ok((qmp, connect(&qmp_cut_path)?, nic))
+        });
+        match connected {
+            Ok((qmp, qmp_cut, nic)) => {
+                Ok(Machine { process, qmp, qmp_cut, serial, _nic: nic, memory_bytes: config.memory_bytes })
             }
             Err(error) => {
                 process.kill(soon())?;
@@ -323,6 +328,20 @@ impl Machine {
         self.qmp.execute("pmemsave", arguments, SECOND).expect("pmemsave");
         fs::read(to).expect("the dump")
     }
+}
+
+/// Connects a network interface, and waits until QEMU knows. QEMU 7.2 crashes when it has a frame to send before that, as when it
+/// announces itself after a restore.
+fn connect_nic(path: &Path, qmp: &mut Client) -> Result<UnixStream, QmpError> {
+    let deadline = soon();
+    let nic = loop {
+        match UnixStream::connect(path) {
+            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
+            result => break result.expect("QEMU listens"),
+        }
+    };
+    qmp.wait_event(&["NETDEV_STREAM_CONNECTED"], deadline)?;
+    Ok(nic)
 }
 
 /// `migrate-set-capabilities` arguments.
