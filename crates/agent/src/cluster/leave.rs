@@ -164,6 +164,8 @@ impl Agent {
             Ok(Err(error)) => tracing::warn!(%error, "the cluster's directory was not told"),
             Err(_) => tracing::warn!("the cluster's directory does not answer"),
         }
+        // Whatever became of that: its view is not written down once more, behind what is removed below.
+        cluster.directory.end().await;
         let tasks = std::mem::take(&mut *cluster.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         for task in tasks {
             task.abort();

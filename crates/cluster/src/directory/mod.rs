@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use diorama_topology::EnvironmentName;
 use serde::Serialize;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Mutex, mpsc, watch};
 
 pub use backend::Revision;
 pub use etcd::EtcdConfig;
@@ -151,6 +151,8 @@ struct Inner {
     status: watch::Sender<Option<HostStatus>>,
     /// Locks to be given back: key and value.
     returned: mpsc::UnboundedSender<(String, String)>,
+    /// Where the view is kept; nowhere after the session's end. Held while it is written.
+    remembered: Arc<Mutex<Option<PathBuf>>>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -201,10 +203,12 @@ impl Directory {
         let (members_sender, members) = watch::channel(Arc::clone(&view.members));
         let (view_sender, view) = watch::channel(Arc::new(view));
         let (lease_sender, lease) = watch::channel(LeaseState::default());
+        let remembered = Arc::new(Mutex::new(options.remembered));
         let session = Session {
             host,
             backend: Arc::clone(&backend),
-            options,
+            lease_length: options.lease,
+            remembered: Arc::clone(&remembered),
             view: view_sender,
             members: members_sender,
             lease: lease_sender,
@@ -213,7 +217,7 @@ impl Directory {
             kept: Vec::new(),
         };
         let task = tokio::spawn(session.run());
-        Self(Arc::new(Inner { host, backend, view, members, lease, status, returned, task }))
+        Self(Arc::new(Inner { host, backend, view, members, lease, status, returned, remembered, task }))
     }
 
     /// This host.
@@ -270,12 +274,20 @@ impl Directory {
         });
     }
 
-    /// Gives the lease back, so that others see at once that this host is gone. The directory is of no use afterwards.
+    /// Ends the session: nothing is written down here any more afterwards. The lease ends by itself, and the directory is of no
+    /// use any more.
+    pub async fn end(&self) {
+        self.0.task.abort();
+        // The task may wait for a thread that is writing, and that goes on without it.
+        *self.0.remembered.lock().await = None;
+    }
+
+    /// Ends the session, and gives the lease back, so that others see at once that this host is gone.
     ///
     /// # Errors
     /// When the directory cannot be reached: the lease then ends by itself.
     pub async fn leave(&self) -> Result<(), DirectoryError> {
-        self.0.task.abort();
+        self.end().await;
         let lease = self.0.lease.borrow().lease;
         if lease != 0 {
             self.0.backend.revoke(lease).await?;

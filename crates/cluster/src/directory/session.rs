@@ -11,18 +11,19 @@
 //! *before* the keep-alive was sent, by a clock that runs on while the computer sleeps, and ends a margin early.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::backend::{Backend, BackendError, Change, Entry, Guard, Revision};
+use super::json;
 use super::local::StoredEntries;
 use super::record::{HostStatus, LockRecord, MAX_RECORD_BYTES};
 use super::view::{Freshness, View};
-use super::{Options, json};
 use crate::identity::{HostId, Members};
 
 /// Pauses between attempts to reach the directory: doubled from the first to the last.
@@ -62,7 +63,9 @@ pub(crate) fn boot_time() -> Duration {
 pub(super) struct Session {
     pub host: HostId,
     pub backend: Arc<Backend>,
-    pub options: Options,
+    pub lease_length: Duration,
+    /// See [`super::Inner`].
+    pub remembered: Arc<Mutex<Option<PathBuf>>>,
     pub view: watch::Sender<Arc<View>>,
     pub members: watch::Sender<Arc<Members>>,
     pub lease: watch::Sender<LeaseState>,
@@ -124,7 +127,7 @@ impl Session {
         let mut changed = true;
         let mut remember = tokio::time::interval(REMEMBER_INTERVAL);
         remember.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut keep_alive = tokio::time::interval(self.options.lease / 4);
+        let mut keep_alive = tokio::time::interval(self.lease_length / 4);
         keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.announced.mark_unchanged();
         self.announce().await?;
@@ -172,7 +175,7 @@ impl Session {
                     Some(lock) => self.give_back(lock).await?,
                     None => return Ok(()),
                 },
-                _ = remember.tick(), if changed && self.options.remembered.is_some() => {
+                _ = remember.tick(), if changed => {
                     changed = false;
                     self.remember(&entries).await;
                 }
@@ -210,7 +213,7 @@ impl Session {
     async fn keep_lease(&mut self) -> Result<(), BackendError> {
         let before = boot_time();
         let state = self.lease.borrow().clone();
-        let asked_seconds = i64::try_from(self.options.lease.as_secs()).unwrap_or(i64::MAX).max(2);
+        let asked_seconds = i64::try_from(self.lease_length.as_secs()).unwrap_or(i64::MAX).max(2);
         let mut kept = None;
         if state.lease != 0 {
             kept = self.backend.keep_alive(state.lease, asked_seconds).await?.map(|ttl| (state.lease, ttl));
@@ -275,11 +278,15 @@ impl Session {
     }
 
     async fn remember(&self, entries: &BTreeMap<String, Entry>) {
-        let Some(path) = self.options.remembered.clone() else { return };
         // What hangs on leases is of the moment.
         let entries: Vec<Entry> = entries.values().filter(|entry| entry.lease == 0).cloned().collect();
         let stored = StoredEntries { revision: self.view.borrow().revision, entries };
-        match tokio::task::spawn_blocking(move || stored.write(&path)).await {
+        let remembered = Arc::clone(&self.remembered);
+        let write = move || match &*remembered.blocking_lock() {
+            Some(path) => stored.write(path),
+            None => Ok(()),
+        };
+        match tokio::task::spawn_blocking(write).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(%error, "the directory's view cannot be written down"),
             Err(error) => tracing::error!(%error, "writing down the directory's view failed"),

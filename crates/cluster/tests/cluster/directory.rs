@@ -240,6 +240,27 @@ async fn an_agent_that_starts_without_etcd_knows_its_cluster() {
 }
 
 #[tokio::test]
+async fn nothing_is_written_down_after_the_end() {
+    let etcd = Etcd::start();
+    for round in 0..20 {
+        let folder = etcd.folder(&format!("remembered{round}"));
+        let options = Options { remembered: Some(folder.join("view")), ..options() };
+        let one = Directory::etcd(&etcd.config(), CLUSTER, host(1), options).unwrap();
+        let files = || std::fs::read_dir(&folder).map_or(0, Iterator::count);
+        let begun = tokio::time::timeout(LIMIT, async {
+            while files() == 0 {
+                tokio::task::yield_now().await;
+            }
+        });
+        begun.await.expect("it is being written down");
+        one.end().await;
+        std::fs::remove_file(folder.join("view")).unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert_eq!(files(), 0);
+    }
+}
+
+#[tokio::test]
 async fn one_of_several_addresses_is_enough() {
     let (absent, etcd) = (Etcd::absent(), Etcd::start());
     let config =
