@@ -480,6 +480,10 @@ impl LocalCut {
         }
         if self.machines.iter().all(|progress| progress.cut_at.is_some()) {
             self.learned = segment.learned();
+            // Machines that do not stand still yet, of other hosts on this computer, go before what is saved here.
+            for progress in &self.machines {
+                progress.schedule_service(HURRIED);
+            }
             let now = io.now();
             self.enter(Stage::Saving, now);
         } else {
