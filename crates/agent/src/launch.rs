@@ -530,13 +530,19 @@ fn load_devices(
     monitor.send_fd(theirs.as_fd(), "state", COMMAND_LIMIT)?;
     drop(theirs);
     monitor.execute("migrate-incoming", json!({"uri": "fd:state"}), COMMAND_LIMIT)?;
-    let loading = load.add(machine, opening, ours).map_err(io)?;
-    if !loading.wait_ready(deadline) {
-        // A QEMU that refuses the state ends, and its own words say why.
-        let left = deadline.saturating_duration_since(Instant::now());
-        monitor.execute("query-status", Value::Null, left.max(NIC_POLL))?;
-        return Err(io(std::io::ErrorKind::TimedOut.into()));
-    }
+    let added = load.add(machine, opening, ours).and_then(|loading| match loading.wait_ready(deadline) {
+        true => Ok(loading),
+        false => Err(std::io::ErrorKind::TimedOut.into()),
+    });
+    let loading = match added {
+        Ok(loading) => loading,
+        Err(error) => {
+            // A QEMU that refuses the state ends, and its own words say why.
+            let left = deadline.saturating_duration_since(Instant::now());
+            monitor.execute("query-status", Value::Null, left.max(NIC_POLL))?;
+            return Err(io(error));
+        }
+    };
     // The devices are loaded; what is left is QEMU's next turn of its main loop.
     loop {
         let left = deadline.saturating_duration_since(Instant::now());

@@ -244,12 +244,16 @@ impl Load {
             changed: Condvar::new(),
         });
         let loading = Loading { load: Arc::downgrade(self), target: Arc::clone(&target) };
+        // From the moment that workers know of it, they send it what others ask for, too: that comes after the opening.
+        let mut stream = lock(&loading.target.stream);
         lock(&self.targets).push(Arc::clone(&target));
         let load = Arc::clone(self);
         std::thread::spawn(move || load.answer(&target, replies));
+        reach(format_args!("load opening"));
         // QEMU reads all of it before it asks for anything that the devices' state needs.
-        lock(&loading.target.stream).write_all(&opening.bytes)?;
-        Ok(loading)
+        let written = stream.write_all(&opening.bytes);
+        drop(stream);
+        written.map(|()| loading)
     }
 
     /// Reads a target's return path to its end.

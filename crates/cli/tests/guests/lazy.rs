@@ -1,5 +1,7 @@
 //! Machines that run before their memory is there.
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use crate::bucket::lab;
@@ -41,7 +43,12 @@ fn wait_loaded(lab: &Lab, environment: &str) {
     until("all memory", || loads(lab, environment).iter().all(Value::is_null).then_some(()));
 }
 
-/// The agent of a lab that is to stop, or to wait, when it begins to load what nobody asks for.
+/// When the agent begins to load what nobody asks for.
+const BACKGROUND: &str = "load background";
+/// When it has a machine that it will send the opening of its stream.
+const OPENING: &str = "load opening";
+
+/// The agent of a lab that is to stop, or to wait, at such a step.
 struct Held(std::path::PathBuf);
 
 impl Held {
@@ -51,8 +58,8 @@ impl Held {
         Self(file)
     }
 
-    fn arm(&self, what: &str) {
-        std::fs::write(&self.0, format!("{what} load background")).unwrap();
+    fn arm(&self, what: &str, step: &str) {
+        std::fs::write(&self.0, format!("{what} {step}")).unwrap();
     }
 
     fn release(&self) {
@@ -72,7 +79,7 @@ fn guests_run_before_their_memory_is_there_and_miss_nothing() {
 
     // Nothing is loaded but what guests touch.
     empty_cache(&lab);
-    held.arm("wait");
+    held.arm("wait", BACKGROUND);
     let report = lab.ok(&["restore", "base", "--lazy"]);
     assert_eq!(report["lazy"], true, "{report}");
     let counted = |machine: &str| lab.shell("pair", machine, "cat /proc/uptime");
@@ -119,13 +126,21 @@ fn guests_run_before_their_memory_is_there_and_miss_nothing() {
 
 #[test]
 fn forks_run_before_their_memory_is_there() {
-    let lab = Lab::new();
+    let mut lab = Lab::new();
+    let held = Held::new(&mut lab);
     lab.up(&roomy());
     let expected = fill(&lab, "client");
     lab.snapshot("pair", &["base"]);
     lab.ok(&["down", "-e", "pair", "--volumes"]);
     empty_cache(&lab);
-    let report = lab.ok(&["fork", "base", "--lazy", "--count", "2", "--name", "copy"]);
+    // What the others are sent while one machine is not told of its devices yet is that machine's, too, and comes later.
+    held.arm("wait", OPENING);
+    let forks = lab.begin(&["fork", "base", "--lazy", "--count", "2", "--name", "copy"]);
+    std::thread::sleep(Duration::from_secs(2));
+    held.release();
+    let forked = forks.wait_with_output().unwrap();
+    assert!(forked.status.success(), "{}\n{}", String::from_utf8_lossy(&forked.stdout), lab.agent_log());
+    let report: Value = serde_json::from_slice(&forked.stdout).unwrap();
     for fork in report["environments"].as_array().unwrap() {
         assert_eq!(fork["lazy"], true, "{report}");
     }
@@ -151,7 +166,7 @@ fn a_bucket_that_goes_away_is_waited_for() {
 
     let mut two = lab(&server);
     let held = Held::new(&mut two);
-    held.arm("wait");
+    held.arm("wait", BACKGROUND);
     assert_eq!(two.ok(&["restore", "pair/base", "--lazy"])["lazy"], true);
     two.shell("pair", "client", "true");
     server.kill();
@@ -181,7 +196,7 @@ fn an_agent_that_dies_while_it_loads_loses_machines_and_nothing_else() {
     lab.snapshot("pair", &["base"]);
     empty_cache(&lab);
     let agent = lab.agent_pid();
-    held.arm("kill");
+    held.arm("kill", BACKGROUND);
     let mut restore = lab.begin(&["restore", "base", "--lazy"]);
     restore.wait().unwrap();
     crate::lab::wait_for_end(agent);
