@@ -508,11 +508,18 @@ impl LocalCut {
             0 => (Policy::First, Policy::Second),
             _ => (Policy::Normal { nice: 0 }, usual),
         };
-        for progress in self.machines.iter().filter(|progress| progress.cut_at.is_none()) {
+        for progress in self.machines.iter_mut().filter(|progress| progress.cut_at.is_none()) {
             let machine = &progress.machine.name;
             tracing::debug!(machine, turns, ?service, "does not stop");
             progress.schedule_service(service);
             progress.schedule_guest(guest);
+            // A pre-copy that has come to its last round by itself stops the machine and holds QEMU's big lock until what it writes
+            // is read: `stop` would wait for the gate, and the gate for it.
+            if progress.machine.resume == Resume::AfterMigration
+                && let Some(gate) = &mut progress.machine.gate
+            {
+                gate.open();
+            }
         }
     }
 
