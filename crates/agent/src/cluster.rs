@@ -700,7 +700,9 @@ fn admission_error(error: AdmissionError) -> ApiError {
     let hint = match &error {
         AdmissionError::MemberAlready { .. } => "`diorama host list` shows the cluster",
         AdmissionError::Invalid(_) => "`diorama host --help` shows examples",
-        AdmissionError::Refused(_) => "a member makes new tokens: `diorama host token`",
+        AdmissionError::Refused(_) => {
+            "a member makes new tokens: `diorama host token`; `--name` gives this host another name than its own"
+        }
         AdmissionError::Unreachable { .. } => {
             "is the host of the token up, and its address reachable from here?"
         }
