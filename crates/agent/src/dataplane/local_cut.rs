@@ -464,9 +464,6 @@ impl LocalCut {
             if progress.running {
                 progress.prefer_others(true);
             }
-            if self.turned.is_some() {
-                progress.schedule_service(Policy::First);
-            }
             let now = io.now();
             progress.cut_at = Some(now);
             if let Goal::Snapshot { epoch, .. } = self.goal {
@@ -986,8 +983,6 @@ impl Progress {
     }
 
     fn finish(&mut self, release: Option<Hold>, segment: &mut Segment, io: &mut Io<'_>) {
-        // As the attempt has them that asked for this.
-        self.schedule_service(HURRIED);
         let now = io.now();
         if let Some(hold) = release {
             for drain in &self.drains {
@@ -1000,6 +995,8 @@ impl Progress {
 
     /// Gives the machine back as it was before the cut.
     fn abandon(&mut self, goal: Goal, segment: &mut Segment, io: &mut Io<'_>) {
+        // As a machine that is saved has them, and the attempt that asked for this.
+        self.schedule_service(HURRIED);
         if let (Goal::Snapshot { epoch, .. }, true) = (goal, self.cut_at.is_none()) {
             // Epochs never go back, and a port left behind would wait for ever before the others' new colour.
             let now = io.now();
