@@ -245,15 +245,14 @@ impl Load {
         });
         let loading = Loading { load: Arc::downgrade(self), target: Arc::clone(&target) };
         // From the moment that workers know of it, they send it what others ask for, too: that comes after the opening.
-        let mut stream = lock(&loading.target.stream);
+        let mut stream = lock(&target.stream);
         lock(&self.targets).push(Arc::clone(&target));
-        let load = Arc::clone(self);
-        std::thread::spawn(move || load.answer(&target, replies));
+        let (load, answering) = (Arc::clone(self), Arc::clone(&target));
+        std::thread::spawn(move || load.answer(&answering, replies));
         reach(format_args!("load opening"));
         // QEMU reads all of it before it asks for anything that the devices' state needs.
-        let written = stream.write_all(&opening.bytes);
-        drop(stream);
-        written.map(|()| loading)
+        stream.write_all(&opening.bytes)?;
+        Ok(loading)
     }
 
     /// Reads a target's return path to its end.

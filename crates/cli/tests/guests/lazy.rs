@@ -62,8 +62,13 @@ impl Held {
         std::fs::write(&self.0, format!("{what} {step}")).unwrap();
     }
 
+    fn wait(&self) {
+        until("a load that waits", || self.0.with_extension("reached").exists().then_some(()));
+    }
+
     fn release(&self) {
-        until("a load that waits", || std::fs::remove_file(self.0.with_extension("reached")).ok());
+        self.wait();
+        std::fs::remove_file(self.0.with_extension("reached")).unwrap();
     }
 }
 
@@ -136,6 +141,7 @@ fn forks_run_before_their_memory_is_there() {
     // What the others are sent while one machine is not told of its devices yet is that machine's, too, and comes later.
     held.arm("wait", OPENING);
     let forks = lab.begin(&["fork", "base", "--lazy", "--count", "2", "--name", "copy"]);
+    held.wait();
     std::thread::sleep(Duration::from_secs(2));
     held.release();
     let forked = forks.wait_with_output().unwrap();
