@@ -278,13 +278,15 @@ impl Session {
     }
 
     async fn remember(&self, entries: &BTreeMap<String, Entry>) {
+        // Held by whoever writes, also when this task ends meanwhile.
+        let remembered = Arc::clone(&self.remembered).lock_owned().await;
+        let Some(path) = remembered.clone() else { return };
         // What hangs on leases is of the moment.
         let entries: Vec<Entry> = entries.values().filter(|entry| entry.lease == 0).cloned().collect();
         let stored = StoredEntries { revision: self.view.borrow().revision, entries };
-        let remembered = Arc::clone(&self.remembered);
-        let write = move || match &*remembered.blocking_lock() {
-            Some(path) => stored.write(path),
-            None => Ok(()),
+        let write = move || {
+            let _held = remembered;
+            stored.write(&path)
         };
         match tokio::task::spawn_blocking(write).await {
             Ok(Ok(())) => {}
