@@ -67,6 +67,7 @@ pub(crate) struct Committed {
 /// What a watch saw.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Seen {
+    /// Of the last of the changes: none before it is missing. 0 when there are none.
     pub revision: Revision,
     /// Deleted keys have no entry.
     pub changes: Vec<(String, Option<Entry>)>,

@@ -8,6 +8,7 @@ use diorama_cluster::directory::{
 };
 
 use crate::etcd::Etcd;
+use crate::wire::Wire;
 use crate::{CLUSTER, LIMIT, PREFIX, environment, host, member, name, options, shows, status};
 
 fn open(etcd: &Etcd, number: u8) -> Directory {
@@ -113,6 +114,49 @@ async fn writes_are_based_on_what_is_there() {
     let longest = one.put_environment(&detailed(MAX_RECORD_BYTES - empty), Some(moved), &lock).await.unwrap();
     one.remove_environment(&name("pair"), longest, &lock).await.unwrap();
     shows(&two, "it is gone", |view| view.environments.is_empty()).await;
+}
+
+/// etcd's answer to a watch that begins names the revision that etcd has reached, before it sends what led there.
+#[tokio::test]
+async fn a_view_shows_all_that_led_to_its_revision() {
+    let etcd = Etcd::start();
+    let writer = open(&etcd, 1);
+    writer.fresh(LIMIT).await.unwrap();
+    let lock = writer.lock(&name("pair"), "up").await.unwrap();
+    let mut written = vec![writer.put_environment(&environment("pair", 1), None, &lock).await.unwrap()];
+    let readers = async {
+        let mut seen = Vec::new();
+        let wire = Wire::long(etcd.address(), Duration::from_millis(5)).await;
+        let far = EtcdConfig::at([format!("http://{}", wire.address())]);
+        for number in 2..5 {
+            let reader = Directory::etcd(&far, CLUSTER, host(number), options()).unwrap();
+            let mut view = reader.watch();
+            let follows = async {
+                loop {
+                    view.changed().await.unwrap();
+                    let view = view.borrow_and_update();
+                    if view.is_fresh() {
+                        seen.push((view.revision, view.environments["pair"].revision));
+                    }
+                }
+            };
+            // Longer than etcd takes to send what a new watch has missed.
+            let _ = tokio::time::timeout(Duration::from_millis(300), follows).await;
+        }
+        seen
+    };
+    let writes = async {
+        loop {
+            let based_on = written.last().copied();
+            written.push(writer.put_environment(&environment("pair", 1), based_on, &lock).await.unwrap());
+        }
+    };
+    let seen = tokio::select! { seen = readers => seen, () = writes => unreachable!() };
+    assert!(seen.len() > 10, "{} views", seen.len());
+    for (revision, shown) in seen {
+        let due = written.iter().rev().find(|written| **written <= revision).unwrap();
+        assert!(shown >= *due, "at revision {revision}: the change of {shown}, not that of {due}");
+    }
 }
 
 #[tokio::test]

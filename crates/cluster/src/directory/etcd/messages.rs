@@ -164,8 +164,6 @@ pub(super) struct WatchCreateRequest {
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct WatchResponse {
-    #[prost(message, optional, tag = "1")]
-    pub header: Option<Header>,
     #[prost(bool, tag = "4")]
     pub canceled: bool,
     #[prost(int64, tag = "5")]

@@ -418,7 +418,10 @@ impl EtcdWatch {
             let reason = answer.cancel_reason;
             return Err(BackendError::WatchEnded(format!("etcd ended the watch: {reason}")));
         }
-        let revision = answer.header.map_or(0, |header| header.revision);
+        // The header's is what etcd has reached: later than these changes when it has yet to send others, as when a watch
+        // begins in the past.
+        let changed = answer.events.iter().filter_map(|event| Some(event.kv.as_ref()?.mod_revision));
+        let revision = changed.max().unwrap_or(0);
         let changes = answer.events.into_iter().filter_map(|event| {
             let kv = event.kv?;
             let key = std::str::from_utf8(&kv.key).ok()?.strip_prefix(&self.prefix)?.to_owned();
