@@ -41,11 +41,15 @@ use crate::priority::schedule_threads;
 /// How long QEMU may take to read what was written to it before its `stop` is sent all the same. A guest whose
 /// receive ring stays full that long (or that has no driver yet) is cut with frames inside QEMU; this is counted.
 const DRAIN_BOUND: Duration = Duration::from_millis(20);
-/// How long a machine may take to stop with its threads before ordinary ones; then for as long they are ordinary ones, and so on.
+/// How long that may take before its virtual CPUs are hurried: one of them may hold the lock that QEMU's main loop waits for,
+/// and wait for a processor itself.
+const DRAIN_PATIENCE: Duration = Duration::from_millis(1);
+/// How long a machine may take to stop with its threads before ordinary ones; then for a turn they are ordinary ones, and so on.
 /// QEMU's main loop and virtual CPUs wait for each other at spin locks. When whoever holds one is not running, and the others
 /// are real-time threads and as many as there are processors, it never will (seen on two processors). Ordinary threads
 /// all come to run.
-const STOP_PATIENCE: Duration = Duration::from_millis(5);
+const STOP_PATIENCE: Duration = Duration::from_millis(2);
+const STOP_TURN: Duration = Duration::from_millis(5);
 /// How often a draining socket is looked at: nothing tells when the other side has read.
 const DRAIN_POLL: Duration = Duration::from_micros(50);
 /// How many probe frames are sent, one after another. One shows that QEMU's receive queue was not blocked when
@@ -215,6 +219,8 @@ struct Progress {
     machine: CutMachine,
     drains: Vec<PortDrain>,
     drain_incomplete: bool,
+    /// Its virtual CPUs go before ordinary threads, since it did not drain.
+    drain_hurried: bool,
     /// It ran when the cut began.
     running: bool,
     monitor_open: bool,
@@ -419,6 +425,12 @@ impl LocalCut {
                 drain.advance(segment, io);
                 all_drained &= drain.drained;
             }
+            let waits_long = now.since_ns(self.stage_since) > nanoseconds(DRAIN_PATIENCE);
+            if waits_long && !progress.drain_hurried && progress.drains.iter().any(|drain| !drain.drained) {
+                tracing::debug!(machine = progress.machine.name, "does not drain");
+                progress.schedule_guest(Policy::Second);
+                progress.drain_hurried = true;
+            }
             if late {
                 progress.drain_incomplete = progress.drains.iter().any(|drain| !drain.drained);
             }
@@ -490,7 +502,10 @@ impl LocalCut {
     }
 
     fn next_turn(&self) -> Time {
-        after(self.turned.map_or(self.stage_since, |(at, _)| at), STOP_PATIENCE)
+        match self.turned {
+            None => after(self.stage_since, STOP_PATIENCE),
+            Some((at, _)) => after(at, STOP_TURN),
+        }
     }
 
     /// Machines that do not stop have no priority every other while: whatever they wait for comes to run.
@@ -512,7 +527,8 @@ impl LocalCut {
             progress.schedule_guest(guest);
             // A pre-copy that has come to its last round by itself stops the machine and holds QEMU's big lock until what it writes
             // is read: `stop` would wait for the gate, and the gate for it.
-            if progress.machine.resume == Resume::AfterMigration
+            if turns > 1
+                && progress.machine.resume == Resume::AfterMigration
                 && let Some(gate) = &mut progress.machine.gate
             {
                 gate.open();
@@ -602,7 +618,7 @@ impl LocalCut {
         let now = io.now();
         self.enter(Stage::Undoing, now);
         for progress in &mut self.machines {
-            if progress.stop_id.is_some() && progress.cut_at.is_none() {
+            if (progress.stop_id.is_some() || progress.drain_hurried) && progress.cut_at.is_none() {
                 progress.schedule_guest(Policy::Normal { nice: super::plane::VCPU_NICE });
             }
             if progress.released_at.is_some() {
@@ -797,6 +813,7 @@ impl Progress {
             machine,
             drains,
             drain_incomplete: false,
+            drain_hurried: false,
             stop_id: None,
             stopped: false,
             commands: Vec::new(),
