@@ -36,16 +36,15 @@ use std::time::Duration;
 use diorama_qemu::migration::{RamFile, Splitter, StreamError};
 use nix::sys::socket::{setsockopt, sockopt};
 
-use self::live::Live;
+use self::live::{Live, Ready};
 use crate::haste::Service;
 
 /// How much is read of the stream at once.
 const CHUNK_BYTES: usize = 1 << 20;
 /// What is asked for as the socket's buffer on QEMU's side; the kernel gives what it allows.
 const SOCKET_BUFFER_BYTES: usize = 4 << 20;
-/// The same for the memory of a live capture: as much as QEMU is to do between two looks of its reader, some ten pages or eighty
-/// that are zero. (QEMU goes on when three quarters have been read.)
-const LIVE_BUFFER_BYTES: usize = 32 << 10;
+/// The same for a live capture whose reader takes memory itself: as little as QEMU can do between two looks, some pages.
+const LIVE_BUFFER_BYTES: usize = 8 << 10;
 /// The most device state that a machine may have. A few MiB are usual.
 const MOST_STATE_BYTES: usize = 256 << 20;
 /// In pre-copy, the part of the memory that comes before the gate closes, in percent.
@@ -405,6 +404,7 @@ fn split(
     let gate_pages = memory_bytes / 4096 * GATE_PERCENT / 100;
     let mut passed = gated.gating != Gating::AfterMost;
     let failed = |source| CaptureError::Read { machine: machine.to_owned(), source };
+    let mut ready = gated.live.as_ref().map(|service| Ready::new(machine, service, memory_bytes));
     let splits = |source| CaptureError::Stream { machine: machine.to_owned(), source };
     if gated.gating == Gating::FromStart {
         gated.gate.pass();
@@ -428,11 +428,15 @@ fn split(
         if splitter.pages_seen() > 0 {
             gated.gate.memory_comes.store(true, Ordering::Release);
             if splitter.ram_complete() {
-                live = None;
-            } else if let Some(service) = &gated.live {
-                live.get_or_insert_with(|| Live::begin(machine, service, memory_bytes, &theirs))
-                    .wait(splitter.pages_seen(), &mut ram)
-                    .map_err(|source| splits(StreamError::Sink(source)))?;
+                if let Some(live) = live.take() {
+                    live.finish(&mut ram).map_err(|source| splits(StreamError::Sink(source)))?;
+                }
+            } else {
+                live = live.or_else(|| Some(Live::begin(ready.take()?, &theirs)));
+                if let Some(live) = &mut live {
+                    live.wait(splitter.pages_seen(), &mut ram)
+                        .map_err(|source| splits(StreamError::Sink(source)))?;
+                }
             }
         }
         if !passed && splitter.pages_seen() >= gate_pages {

@@ -99,6 +99,11 @@ impl WriteFaults {
         self.descriptors.is_empty()
     }
 
+    /// Whether pages are handed out and taken here, or all is left to QEMU.
+    pub fn takes(&self) -> bool {
+        self.memory.is_some()
+    }
+
     /// How many pages have been handed out.
     pub fn served(&self) -> u64 {
         self.served

@@ -1,7 +1,8 @@
 //! What a live capture's reader does beside reading: it takes main memory itself, and sets the pace at which QEMU sends it.
 //!
 //! Guests wait for pages that are not saved yet, and all of them for the processors. So the reader [takes](WriteFaults::take) all of
-//! main memory, and whatever a guest wants to write to at once. It is a real-time thread, for that long. QEMU waits at the
+//! main memory, and whatever a guest wants to write to at once. In the first tenth of a second that is all it does, and as quickly as can be:
+//! guests have to catch up, all at the same time, and ask for most of what they will. It is a real-time thread, for that long. QEMU waits at the
 //! full socket meanwhile, which costs nothing, and is read a little now and then: it may have been told of a page that somebody
 //! waits for, and nobody else knows. Then, with all of it taken, nobody waits for QEMU any more: what it still sends of main memory
 //! is thrown away, and it sends that behind ordinary threads. Only its last words are in a hurry again: there it ends the
@@ -10,6 +11,7 @@
 //! Where the reader may not take pages, QEMU and the reader are real-time threads all the time, and QEMU helps those who wait.
 
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -24,10 +26,42 @@ use crate::priority::schedule_this_thread;
 
 /// How long QEMU is not read, at the most, while pages are taken.
 const LOOK_INTERVAL: Duration = Duration::from_millis(5);
+/// How long after the cut nothing is done but what somebody waits for: guests catch up, and ask for most of those pages that they
+/// will.
+const FIRST_REST: Duration = Duration::from_millis(100);
+/// How often one of the copies of that time is kept then.
+const KEEP_INTERVAL: Duration = Duration::from_millis(1);
+/// The most copies of that time that are held in memory, in bytes: some hundred times those pages that one write asks for.
+const MOST_SHELVED_BYTES: u64 = 8 << 20;
+/// What part of the machine's memory they take at the most.
+const SHELVED_PART: u64 = 32;
 
 /// The socket's buffer on QEMU's side when nobody waits for it: some sixty pages, or some hundreds that are zero, between two looks.
 /// Each of the two waits until it has a processor then.
 const EASED_BUFFER_BYTES: usize = 256 << 10;
+
+/// The same when somebody may: as much as QEMU is to do between two looks of its reader, some ten pages or eighty that are zero.
+/// (QEMU goes on when three quarters have been read.)
+const HURRIED_BUFFER_BYTES: usize = 32 << 10;
+
+/// What is made before the cut: then the machine runs again, and the first page that it writes to is not saved yet.
+#[derive(Debug)]
+pub(super) struct Ready<'a> {
+    machine: &'a str,
+    service: &'a Service,
+    memory_bytes: u64,
+    shelf: Shelf,
+    /// Whether threads can be hurried, and so eased: or they could not be hurried again.
+    may_hurry: bool,
+}
+
+impl<'a> Ready<'a> {
+    /// Hurries the calling thread, which reads the stream.
+    pub(super) fn new(machine: &'a str, service: &'a Service, memory_bytes: u64) -> Self {
+        let shelf = Shelf::new(memory_bytes);
+        Self { machine, service, memory_bytes, shelf, may_hurry: hurry_this_thread() }
+    }
+}
 
 /// One machine's.
 #[derive(Debug)]
@@ -41,6 +75,7 @@ pub(super) struct Live<'a> {
     /// Whether threads can be hurried, and so eased: or they could not be hurried again.
     may_hurry: bool,
     stage: Stage,
+    shelf: Shelf,
 }
 
 #[derive(Debug)]
@@ -52,18 +87,31 @@ enum Stage {
 }
 
 impl<'a> Live<'a> {
-    /// Memory is protected, and the machine runs again. `theirs` is what `/proc/PID/fd` calls QEMU's end of the socket.
-    pub(super) fn begin(machine: &'a str, service: &'a Service, memory_bytes: u64, theirs: &'a Path) -> Self {
+    /// Memory is protected, and the machine runs again, but for what it writes to. `theirs` is what `/proc/PID/fd` calls QEMU's
+    /// end of the socket.
+    pub(super) fn begin(ready: Ready<'a>, theirs: &'a Path) -> Self {
+        let Ready { machine, service, memory_bytes, shelf, may_hurry } = ready;
         let faults = WriteFaults::of(service.process, memory_bytes).unwrap_or_else(|error| {
             tracing::debug!(machine, %error, "it is not seen when a guest waits");
             WriteFaults::default()
         });
         let memory_pages = memory_bytes / PAGE_SIZE_BYTES as u64;
         // QEMU's capture thread may be new.
-        let may_hurry = hurry(service);
-        let stage =
-            Stage::Taking { pages: 0, pace: Pace::new(Work::Take, memory_pages, 0), next: Instant::now() };
-        Self { machine, service, memory_pages, faults, theirs, may_hurry, stage }
+        service.hurry();
+        let stage = Stage::Taking {
+            pages: 0,
+            pace: Pace::new(Work::Take, memory_pages, 0),
+            next: Instant::now() + FIRST_REST,
+        };
+        Self { machine, service, memory_pages, faults, theirs, may_hurry, stage, shelf }
+    }
+
+    /// The stream has all of the memory.
+    ///
+    /// # Errors
+    /// What the file says that pages are kept in.
+    pub(super) fn finish(mut self, ram: &mut RamFile<DeviceState>) -> io::Result<()> {
+        self.shelf.keep_all(ram)
     }
 
     /// Between two looks at the stream, of which so many pages have been seen: takes pages, or waits as long as those are
@@ -72,41 +120,98 @@ impl<'a> Live<'a> {
     /// # Errors
     /// What the file says that pages are kept in.
     pub(super) fn wait(&mut self, pages_seen: u64, ram: &mut RamFile<DeviceState>) -> io::Result<()> {
-        let keep = &mut |offset, pages: &[u8]| ram.keep(offset, pages);
         match &mut self.stage {
             Stage::Taking { pages, pace, next } => {
                 let end = Instant::now() + LOOK_INTERVAL;
-                loop {
+                while self.faults.takes() {
                     let pause = end.min(*next).saturating_duration_since(Instant::now());
-                    if self.faults.serve(pause, keep)? == Waiting::ForQemu || *next > end {
+                    let shelve = &mut |offset, pages: &[u8]| self.shelf.put(offset, pages, ram);
+                    if self.faults.serve(pause, shelve)? == Waiting::ForQemu || *next > end {
                         return Ok(());
                     }
+                    if self.shelf.keep_one(ram)? {
+                        *next = Instant::now() + KEEP_INTERVAL;
+                        continue;
+                    }
+                    let keep = &mut |offset, pages: &[u8]| ram.keep(offset, pages);
                     let Some(further) = self.faults.take(keep)? else { break };
                     *pages += further;
                     *next = Instant::now() + pace.next(*pages);
                 }
+                self.shelf.keep_all(ram)?;
                 // All was taken or handed out, but for what QEMU had sent before; or the rest is QEMU's.
                 let all = *pages == self.memory_pages && self.faults.refused().is_none();
                 let eased = all && self.may_hurry;
+                let buffer_bytes = if eased { EASED_BUFFER_BYTES } else { HURRIED_BUFFER_BYTES };
+                for socket in self.service.process.duplicates(self.theirs).unwrap_or_default() {
+                    set_buffer(&socket, buffer_bytes);
+                }
                 if eased {
                     self.service.ease();
-                    for socket in self.service.process.duplicates(self.theirs).unwrap_or_default() {
-                        set_buffer(&socket, EASED_BUFFER_BYTES);
-                    }
                     schedule_this_thread(Policy::Normal { nice: EASED_NICE }, "nobody waits for it");
                 }
                 let pace = Pace::new(Work::Send, self.memory_pages, pages_seen);
                 self.stage = Stage::Sending { pace, eased };
             }
             Stage::Sending { pace, eased } => {
+                let keep = &mut |offset, pages: &[u8]| ram.keep(offset, pages);
                 let waiting = self.faults.serve(pace.next(pages_seen), keep)?;
                 // For what is not main memory. Or it is through with that.
                 if *eased && (waiting == Waiting::ForQemu || pages_seen >= self.memory_pages) {
-                    hurry(self.service);
+                    self.service.hurry();
+                    hurry_this_thread();
                     *eased = false;
                 }
             }
         }
+        Ok(())
+    }
+}
+
+/// Copies of pages that are kept when guests have caught up: a file takes as long to write to as all else that they wait for.
+#[derive(Debug)]
+struct Shelf {
+    bytes: Vec<u8>,
+    used: usize,
+    /// Offsets in main memory, and where the copies begin and end.
+    copies: Vec<(u64, Range<usize>)>,
+}
+
+impl Shelf {
+    /// For a machine with so much memory. To be made before the cut: its own memory has been touched then.
+    fn new(memory_bytes: u64) -> Self {
+        let bytes = (memory_bytes / SHELVED_PART).min(MOST_SHELVED_BYTES) as usize;
+        // Not zeros, which would be mapped when they are written to.
+        Self { bytes: vec![1; bytes], used: 0, copies: Vec::with_capacity(bytes / PAGE_SIZE_BYTES) }
+    }
+
+    /// Keeps them later, or now when there is no room.
+    fn put(&mut self, offset: u64, pages: &[u8], ram: &mut RamFile<DeviceState>) -> io::Result<()> {
+        let place = self.used..self.used + pages.len();
+        match self.bytes.get_mut(place.clone()) {
+            Some(room) => {
+                room.copy_from_slice(pages);
+                self.used = place.end;
+                self.copies.push((offset, place));
+                Ok(())
+            }
+            None => ram.keep(offset, pages),
+        }
+    }
+
+    /// Returns whether there was one.
+    fn keep_one(&mut self, ram: &mut RamFile<DeviceState>) -> io::Result<bool> {
+        let Some((offset, place)) = self.copies.pop() else {
+            // There will be no more; and what comes late is kept at once.
+            self.bytes = Vec::new();
+            return Ok(false);
+        };
+        ram.keep(offset, &self.bytes[place])?;
+        Ok(true)
+    }
+
+    fn keep_all(&mut self, ram: &mut RamFile<DeviceState>) -> io::Result<()> {
+        while self.keep_one(ram)? {}
         Ok(())
     }
 }
@@ -118,8 +223,7 @@ impl Drop for Live<'_> {
     }
 }
 
-/// The calling thread, and QEMU's threads that guests wait for. Returns whether it may.
-fn hurry(service: &Service) -> bool {
-    service.hurry();
+/// Puts the calling thread, a reader, before ordinary ones. Returns whether it may.
+fn hurry_this_thread() -> bool {
     schedule_this_thread(HURRIED, "a guest waits for it")
 }
