@@ -123,6 +123,19 @@ impl Reading {
         })
     }
 
+    /// Asks them one after the other: guests that all answer at once hold each other up.
+    pub(crate) fn take_in_turn<'a>(
+        lab: &Lab,
+        environment: &str,
+        machines: impl IntoIterator<Item = &'a str>,
+    ) -> Result<Self, Failure> {
+        machines
+            .into_iter()
+            .map(|machine| read(lab, environment, machine))
+            .collect::<Result<_, _>>()
+            .map(Self)
+    }
+
     /// Every program of that kind.
     pub(crate) fn of_kind<'a>(&'a self, kind: &'a str) -> impl Iterator<Item = &'a Program> {
         self.0.iter().flatten().filter(move |program| program.kind == kind)

@@ -192,7 +192,8 @@ struct Looked {
 impl Looked {
     fn take(lab: &Lab) -> Result<Self, Failure> {
         let at = Instant::now();
-        Ok(Self { at, reading: Reading::take(lab, ENVIRONMENT, MACHINES.map(|(machine, _)| machine))? })
+        let machines = MACHINES.map(|(machine, _)| machine);
+        Ok(Self { at, reading: Reading::take_in_turn(lab, ENVIRONMENT, machines)? })
     }
 }
 

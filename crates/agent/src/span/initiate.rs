@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use diorama_api::{ApiError, CreateSnapshotRequest, ErrorKind, SnapshotReport};
 use diorama_cut::initiator::{Input, Output};
 use diorama_cut::message::Body;
-use diorama_cut::{Config, Epoch, Initiator, Outcome, ParticipantId, Snapshot, SnapshotId};
+use diorama_cut::{Config, Epoch, Initiator, Outcome, ParticipantId, Snapshot, SnapshotId, participant};
 use diorama_qemu::process::Policy;
 
 use super::Urgent;
@@ -76,6 +76,9 @@ impl Agent {
             }
             if let Some(epoch) = asks_to_take(&outputs) {
                 self.plane.tell(move |plane| plane.call_for_cut(segment, epoch));
+                // The part of this host hears of it as those of others do. The message comes past a lock that an ordinary thread may
+                // hold, which waits for a processor.
+                part.feed(participant::Input::NewerColourSeen { epoch: Epoch(epoch.0) });
                 crate::failpoint::reach(format_args!("initiator called"));
             }
             for output in outputs {
