@@ -43,8 +43,6 @@ use crate::haste::Service;
 const CHUNK_BYTES: usize = 1 << 20;
 /// What is asked for as the socket's buffer on QEMU's side; the kernel gives what it allows.
 const SOCKET_BUFFER_BYTES: usize = 4 << 20;
-/// The same for a live capture whose reader takes memory itself: as little as QEMU can do between two looks, some pages.
-const LIVE_BUFFER_BYTES: usize = 8 << 10;
 /// The most device state that a machine may have. A few MiB are usual.
 const MOST_STATE_BYTES: usize = 256 << 20;
 /// In pre-copy, the part of the memory that comes before the gate closes, in percent.
@@ -182,7 +180,7 @@ impl Capture {
         let filler_bytes = match gating {
             Gating::FromStart => fill(&theirs).map_err(failed)?,
             Gating::Open | Gating::AfterMost => {
-                set_buffer(&theirs, if live.is_some() { LIVE_BUFFER_BYTES } else { SOCKET_BUFFER_BYTES });
+                set_buffer(&theirs, SOCKET_BUFFER_BYTES);
                 0
             }
         };
@@ -408,7 +406,9 @@ fn split(
     let splits = |source| CaptureError::Stream { machine: machine.to_owned(), source };
     if gated.gating == Gating::FromStart {
         gated.gate.pass();
-        set_buffer(&gated.theirs, LIVE_BUFFER_BYTES);
+    }
+    if let Some(ready) = &ready {
+        ready.set_buffer(&gated.theirs);
     }
     let theirs = socket_link(&gated.theirs).map_err(failed)?;
     // Or this end would keep the socket open when QEMU has closed it.

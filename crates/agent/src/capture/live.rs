@@ -12,6 +12,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -30,13 +31,15 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 /// will.
 const FIRST_REST: Duration = Duration::from_millis(100);
 /// How often one of the copies of that time is kept then.
-const KEEP_INTERVAL: Duration = Duration::from_millis(1);
+const KEEP_INTERVAL: Duration = Duration::from_micros(250);
 /// The most copies of that time that are held in memory, in bytes: some hundred times those pages that one write asks for.
 const MOST_SHELVED_BYTES: u64 = 8 << 20;
 /// What part of the machine's memory they take at the most.
 const SHELVED_PART: u64 = 32;
 
-/// The socket's buffer on QEMU's side when nobody waits for it: some sixty pages, or some hundreds that are zero, between two looks.
+/// The socket's buffer on QEMU's side while pages are taken: as little as QEMU can do between two looks, two pages or three.
+const TAKING_BUFFER_BYTES: usize = 8 << 10;
+/// The same when nobody waits for it: some sixty pages, or some hundreds that are zero, between two looks.
 /// Each of the two waits until it has a processor then.
 const EASED_BUFFER_BYTES: usize = 256 << 10;
 
@@ -51,6 +54,8 @@ pub(super) struct Ready<'a> {
     service: &'a Service,
     memory_bytes: u64,
     shelf: Shelf,
+    /// Whether pages can be taken, as far as that can be told: this process may have QEMU's descriptors.
+    may_take: bool,
     /// Whether threads can be hurried, and so eased: or they could not be hurried again.
     may_hurry: bool,
 }
@@ -59,7 +64,14 @@ impl<'a> Ready<'a> {
     /// Hurries the calling thread, which reads the stream.
     pub(super) fn new(machine: &'a str, service: &'a Service, memory_bytes: u64) -> Self {
         let shelf = Shelf::new(memory_bytes);
-        Self { machine, service, memory_bytes, shelf, may_hurry: hurry_this_thread() }
+        let standard_input = service.process.duplicates(Path::new("/dev/null"));
+        let may_take = standard_input.is_ok_and(|duplicates| !duplicates.is_empty());
+        Self { machine, service, memory_bytes, shelf, may_take, may_hurry: hurry_this_thread() }
+    }
+
+    /// Makes QEMU's end of the socket as large as it is to be when memory begins to come.
+    pub(super) fn set_buffer(&self, theirs: &UnixStream) {
+        set_buffer(theirs, if self.may_take { TAKING_BUFFER_BYTES } else { HURRIED_BUFFER_BYTES });
     }
 }
 
@@ -90,7 +102,7 @@ impl<'a> Live<'a> {
     /// Memory is protected, and the machine runs again, but for what it writes to. `theirs` is what `/proc/PID/fd` calls QEMU's
     /// end of the socket.
     pub(super) fn begin(ready: Ready<'a>, theirs: &'a Path) -> Self {
-        let Ready { machine, service, memory_bytes, shelf, may_hurry } = ready;
+        let Ready { machine, service, memory_bytes, shelf, may_hurry, .. } = ready;
         let faults = WriteFaults::of(service.process, memory_bytes).unwrap_or_else(|error| {
             tracing::debug!(machine, %error, "it is not seen when a guest waits");
             WriteFaults::default()
@@ -226,4 +238,39 @@ impl Drop for Live<'_> {
 /// Puts the calling thread, a reader, before ordinary ones. Returns whether it may.
 fn hurry_this_thread() -> bool {
     schedule_this_thread(HURRIED, "a guest waits for it")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use diorama_qemu::migration::Sink;
+
+    use super::*;
+
+    #[test]
+    fn copies_are_kept_later_and_count_more_than_what_came_meanwhile() {
+        let file = tempfile::tempfile().expect("file");
+        let mut ram = RamFile::new(file, 1 << 20, DeviceState(Vec::new())).expect("new");
+        let page = |byte| [byte; PAGE_SIZE_BYTES];
+        // Three pages' room.
+        let mut shelf = Shelf::new(SHELVED_PART * 3 * PAGE_SIZE_BYTES as u64);
+        shelf.put(0x1000, &[page(1), page(2)].concat(), &mut ram).expect("put");
+        shelf.put(0x4000, &page(0), &mut ram).expect("put");
+        assert_eq!(ram.written_bytes(), 0);
+        shelf.put(0x5000, &page(5), &mut ram).expect("no room: kept at once");
+        assert_eq!(ram.written_bytes(), 4096);
+        for offset in [0x1000, 0x4000, 0x5000] {
+            ram.page(offset, &page(9)).expect("what the stream brings is newer");
+        }
+        assert!(shelf.keep_one(&mut ram).expect("keep") && shelf.keep_one(&mut ram).expect("keep"));
+        assert!(!shelf.keep_one(&mut ram).expect("there is no more"));
+        shelf.put(0x6000, &page(6), &mut ram).expect("kept at once");
+        let (file, _) = ram.into_inner();
+        for (offset, byte) in [(0x1000, 1), (0x2000, 2), (0x4000, 0), (0x5000, 5), (0x6000, 6)] {
+            let mut found = page(7);
+            file.read_exact_at(&mut found, offset).expect("read");
+            assert_eq!(found, page(byte), "{offset:#x}");
+        }
+    }
 }
