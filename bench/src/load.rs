@@ -92,6 +92,9 @@ pub(crate) struct Program {
     pub(crate) connection: serde_json::Value,
     pub(crate) bytes: u64,
     pub(crate) retransmits: u64,
+    /// When this line was made, and when `retransmits` had grown, in milliseconds of the guest.
+    pub(crate) at_ms: u64,
+    pub(crate) retransmitted_ms: Vec<u64>,
     pub(crate) bad_bytes: u64,
     pub(crate) received: u64,
     pub(crate) lost: u64,
@@ -123,19 +126,6 @@ impl Reading {
         })
     }
 
-    /// Asks them one after the other: guests that all answer at once hold each other up.
-    pub(crate) fn take_in_turn<'a>(
-        lab: &Lab,
-        environment: &str,
-        machines: impl IntoIterator<Item = &'a str>,
-    ) -> Result<Self, Failure> {
-        machines
-            .into_iter()
-            .map(|machine| read(lab, environment, machine))
-            .collect::<Result<_, _>>()
-            .map(Self)
-    }
-
     /// Every program of that kind.
     pub(crate) fn of_kind<'a>(&'a self, kind: &'a str) -> impl Iterator<Item = &'a Program> {
         self.0.iter().flatten().filter(move |program| program.kind == kind)
@@ -147,7 +137,8 @@ impl Reading {
     }
 }
 
-fn read(lab: &Lab, environment: &str, machine: &str) -> Result<Vec<Program>, Failure> {
+/// What the programs of one machine say.
+pub(crate) fn read(lab: &Lab, environment: &str, machine: &str) -> Result<Vec<Program>, Failure> {
     let text = lab.guest(environment, machine, "cat /run/load/*.json")?;
     serde_json::Deserializer::from_str(&text)
         .into_iter()

@@ -17,7 +17,7 @@ use crate::Common;
 use crate::failure::Failure;
 use crate::figures::{Outcome, Sample, Summary, ms, table};
 use crate::lab::{self, Lab, say};
-use crate::load::{Program, Reading, cores_used};
+use crate::load::{self, Program, Reading, cores_used};
 use crate::snapshot::remove;
 use hosts::{HOSTS, Hosts};
 
@@ -76,6 +76,7 @@ struct Findings {
     in_flight: u64,
     unaccounted: i64,
     drain_incomplete: u32,
+    sent_again: Vec<SentAgain>,
     with_cuts: Suffered,
     without: Suffered,
 }
@@ -112,12 +113,15 @@ fn measure(hosts: &Hosts, count: u32, arguments: &Arguments, memory_mib: u64) ->
     let mut samples: [Sample; 4] = Default::default();
     let [skews, stalls, pauses, creates] = &mut samples;
     let (mut in_flight, mut unaccounted, mut drain_incomplete) = (0, 0, 0);
+    let mut snapshots = Vec::new();
     let before = Looked::take(one)?;
     for cut in 0..count {
         // Each host is the initiator in turn.
         let lab = hosts.lab(cut as usize % HOSTS);
+        let asked = Instant::now();
         let report: SnapshotReport =
             lab.run(&["-e", ENVIRONMENT, "snapshot", "create", "--capture", "live"])?;
+        snapshots.push((asked, Instant::now()));
         remove(lab, ENVIRONMENT, &report.id)?;
         skews.push(report.cut.skew_us as f64);
         creates.push(report.create_ms as f64);
@@ -133,6 +137,16 @@ fn measure(hosts: &Hosts, count: u32, arguments: &Arguments, memory_mib: u64) ->
         }
     }
     let between = Looked::take(one)?;
+    let sent_again = sent_again(&before, &between, &snapshots);
+    for again in &sent_again {
+        say(format!(
+            "cluster: {} had sent a segment again {:.2} s after snapshot {} was asked for, {:.2} s before it was durable",
+            again.machine,
+            again.asked_s,
+            again.snapshot.map_or_else(|| "none".to_owned(), |snapshot| snapshot.to_string()),
+            again.durable_s,
+        ));
+    }
     let length = between.at.duration_since(before.at);
     say(format!("cluster: the same without cuts, {:.0} s", length.as_secs_f64()));
     lab::sleep(length)?;
@@ -148,6 +162,7 @@ fn measure(hosts: &Hosts, count: u32, arguments: &Arguments, memory_mib: u64) ->
         in_flight,
         unaccounted,
         drain_incomplete,
+        sent_again,
         with_cuts: Suffered::between(&before, &between),
         without: Suffered::between(&between, &after),
     })
@@ -186,15 +201,62 @@ fn start_traffic(lab: &Lab, arguments: &Arguments) -> Result<(), Failure> {
 /// What all programs say, and when.
 struct Looked {
     at: Instant,
+    /// When each machine had answered.
+    read_at: Vec<Instant>,
     reading: Reading,
 }
 
 impl Looked {
     fn take(lab: &Lab) -> Result<Self, Failure> {
         let at = Instant::now();
-        let machines = MACHINES.map(|(machine, _)| machine);
-        Ok(Self { at, reading: Reading::take_in_turn(lab, ENVIRONMENT, machines)? })
+        let (mut read_at, mut programs) = (Vec::new(), Vec::new());
+        // One after the other: guests that all answer at once hold each other up.
+        for (machine, _) in MACHINES {
+            programs.push(load::read(lab, ENVIRONMENT, machine)?);
+            read_at.push(Instant::now());
+        }
+        Ok(Self { at, read_at, reading: Reading(programs) })
     }
+}
+
+/// A segment that was sent again, and the snapshot that was taken last before.
+#[derive(Debug, Serialize)]
+struct SentAgain {
+    machine: &'static str,
+    /// Seconds since the first reading, by the guest's clock, which stands still with the guest.
+    at_s: f64,
+    /// Which snapshot, counted from 0.
+    snapshot: Option<usize>,
+    /// Seconds since that was asked for, and until it was durable, then: less than 0 is afterwards.
+    asked_s: f64,
+    durable_s: f64,
+}
+
+/// All since the first reading, of which the second knows. `snapshots` are when each was asked for, and durable.
+fn sent_again(before: &Looked, after: &Looked, snapshots: &[(Instant, Instant)]) -> Vec<SentAgain> {
+    let mut found = Vec::new();
+    for (((machine, _), programs), read_at) in MACHINES.iter().zip(&after.reading.0).zip(&after.read_at) {
+        for program in programs {
+            for then_ms in &program.retransmitted_ms {
+                let age = Duration::from_millis(program.at_ms.saturating_sub(*then_ms));
+                let Some(then) = read_at.checked_sub(age).filter(|then| *then > before.at) else { continue };
+                let seconds = |from: Instant, to: Instant| match to.checked_duration_since(from) {
+                    Some(length) => length.as_secs_f64(),
+                    None => -(from - to).as_secs_f64(),
+                };
+                let snapshot = snapshots.iter().rposition(|(asked, _)| *asked <= then);
+                let times = snapshot.map(|snapshot| snapshots[snapshot]);
+                found.push(SentAgain {
+                    machine,
+                    at_s: seconds(before.at, then),
+                    snapshot,
+                    asked_s: times.map_or(0.0, |(asked, _)| seconds(asked, then)),
+                    durable_s: times.map_or(0.0, |(_, durable)| seconds(then, durable)),
+                });
+            }
+        }
+    }
+    found
 }
 
 impl Suffered {

@@ -23,6 +23,8 @@ const MAGIC: [u8; 8] = *b"DIOTCP01";
 
 /// How much is made, sent or checked at a time, in bytes. A multiple of 8.
 const CHUNK: usize = 32 << 10;
+/// A line is to stay short.
+const MOST_TIMES: usize = 64;
 
 /// `traffic tcp-send`. Fails when the connection breaks.
 pub fn send(arguments: &mut Arguments) -> Result<(), Failure> {
@@ -75,7 +77,7 @@ pub fn send(arguments: &mut Arguments) -> Result<(), Failure> {
         return Err(Failure::Io("send", error));
     }
 
-    let broken = |status: &mut StatusFile, error| {
+    let mut broken = |status: &mut StatusFile, error| {
         status.write(session.line("tcp-send", "broken", &stream))?;
         Err(Failure::Io("end the session", error))
     };
@@ -176,6 +178,11 @@ struct Session {
     bytes: u64,
     bad: u64,
     first_bad: Option<u64>,
+    /// When its first line was made.
+    since: Option<Instant>,
+    retransmits: u32,
+    /// When that was seen to have grown, in milliseconds since then; the first [`MOST_TIMES`] of them.
+    retransmitted_ms: Vec<u64>,
 }
 
 impl Session {
@@ -194,14 +201,24 @@ impl Session {
         self.bytes += bytes.len() as u64;
     }
 
-    fn line(&self, kind: &str, state: &'static str, stream: &TcpStream) -> Line {
+    fn line(&mut self, kind: &str, state: &'static str, stream: &TcpStream) -> Line {
+        let at_ms = self.since.get_or_insert_with(Instant::now).elapsed().as_millis() as u64;
+        let retransmits = total_retransmits(stream);
+        if retransmits.is_some_and(|retransmits| retransmits > self.retransmits) {
+            self.retransmits = retransmits.unwrap_or_default();
+            if self.retransmitted_ms.len() < MOST_TIMES {
+                self.retransmitted_ms.push(at_ms);
+            }
+        }
         let line = Line::new(kind)
             .word("state", state)
             .id("connection", self.id)
             .value("bytes", self.bytes)
-            .optional("retransmits", total_retransmits(stream));
+            .optional("retransmits", retransmits);
         if kind == "tcp-send" {
-            return line;
+            return line
+                .value("at_ms", at_ms)
+                .value("retransmitted_ms", format_args!("{:?}", self.retransmitted_ms));
         }
         line.value("bad_bytes", self.bad)
             .optional("first_bad", self.first_bad)
