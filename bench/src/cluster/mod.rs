@@ -142,12 +142,12 @@ fn measure(hosts: &Hosts, count: u32, arguments: &Arguments, memory_mib: u64) ->
     }
     let between = Looked::take(one)?;
     let sent_again = sent_again(&before, &between, &snapshots);
-    for SentAgain { machine, snapshot, asked_s, durable_s, .. } in &sent_again {
+    for SentAgain { machine, snapshot, .. } in &sent_again {
         say(match snapshot {
             None => format!("cluster: {machine} sent a segment again before the first snapshot"),
-            Some(snapshot) => format!(
-                "cluster: {machine} sent a segment again {asked_s:.2} s after snapshot {snapshot} was asked for, \
-                 {durable_s:.2} s before it was durable"
+            Some(Since { number, asked_s, durable_s }) => format!(
+                "cluster: {machine} sent a segment again {asked_s:.2} s after snapshot {number} was asked for, \
+                 which was durable after {durable_s:.2} s"
             ),
         });
     }
@@ -223,16 +223,24 @@ impl Looked {
     }
 }
 
-/// A segment that was sent again, and the snapshot that was taken last before.
+/// A segment that was sent again.
 #[derive(Debug, Serialize)]
 struct SentAgain {
     machine: &'static str,
     /// Seconds since the first reading, by the guest's clock, which stands still with the guest.
     at_s: f64,
-    /// Which snapshot, counted from 0.
-    snapshot: Option<usize>,
-    /// Seconds since that was asked for, and until it was durable, then: less than 0 is afterwards.
+    /// The snapshot that was asked for last before.
+    snapshot: Option<Since>,
+}
+
+/// A snapshot, and when after it something happened.
+#[derive(Debug, Serialize)]
+struct Since {
+    /// Counted from 0.
+    number: usize,
+    /// Seconds since it was asked for.
     asked_s: f64,
+    /// Seconds from then until it was durable.
     durable_s: f64,
 }
 
@@ -244,19 +252,16 @@ fn sent_again(before: &Looked, after: &Looked, snapshots: &[(Instant, Instant)])
             for then_ms in &program.retransmitted_ms {
                 let age = Duration::from_millis(program.at_ms.saturating_sub(*then_ms));
                 let Some(then) = read_at.checked_sub(age).filter(|then| *then > before.at) else { continue };
-                let seconds = |from: Instant, to: Instant| match to.checked_duration_since(from) {
-                    Some(length) => length.as_secs_f64(),
-                    None => -(from - to).as_secs_f64(),
-                };
-                let snapshot = snapshots.iter().rposition(|(asked, _)| *asked <= then);
-                let times = snapshot.map(|snapshot| snapshots[snapshot]);
-                found.push(SentAgain {
-                    machine,
-                    at_s: seconds(before.at, then),
-                    snapshot,
-                    asked_s: times.map_or(0.0, |(asked, _)| seconds(asked, then)),
-                    durable_s: times.map_or(0.0, |(_, durable)| seconds(then, durable)),
+                let number = snapshots.iter().rposition(|(asked, _)| *asked <= then);
+                let snapshot = number.map(|number| {
+                    let (asked, durable) = snapshots[number];
+                    Since {
+                        number,
+                        asked_s: (then - asked).as_secs_f64(),
+                        durable_s: (durable - asked).as_secs_f64(),
+                    }
                 });
+                found.push(SentAgain { machine, at_s: (then - before.at).as_secs_f64(), snapshot });
             }
         }
     }

@@ -402,8 +402,8 @@ fn split(
     let gate_pages = memory_bytes / 4096 * GATE_PERCENT / 100;
     let mut passed = gated.gating != Gating::AfterMost;
     let failed = |source| CaptureError::Read { machine: machine.to_owned(), source };
-    let mut ready = gated.live.as_ref().map(|service| Ready::new(machine, service, memory_bytes));
     let splits = |source| CaptureError::Stream { machine: machine.to_owned(), source };
+    let mut ready = gated.live.as_ref().map(|service| Ready::new(machine, service, memory_bytes));
     if gated.gating == Gating::FromStart {
         gated.gate.pass();
     }

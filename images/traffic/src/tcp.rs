@@ -202,20 +202,20 @@ impl Session {
     }
 
     fn line(&mut self, kind: &str, state: &'static str, stream: &TcpStream) -> Line {
-        let at_ms = self.since.get_or_insert_with(Instant::now).elapsed().as_millis() as u64;
         let retransmits = total_retransmits(stream);
-        if retransmits.is_some_and(|retransmits| retransmits > self.retransmits) {
-            self.retransmits = retransmits.unwrap_or_default();
-            if self.retransmitted_ms.len() < MOST_TIMES {
-                self.retransmitted_ms.push(at_ms);
-            }
-        }
         let line = Line::new(kind)
             .word("state", state)
             .id("connection", self.id)
             .value("bytes", self.bytes)
             .optional("retransmits", retransmits);
         if kind == "tcp-send" {
+            let at_ms = self.since.get_or_insert_with(Instant::now).elapsed().as_millis() as u64;
+            if let Some(retransmits) = retransmits.filter(|retransmits| *retransmits > self.retransmits) {
+                self.retransmits = retransmits;
+                if self.retransmitted_ms.len() < MOST_TIMES {
+                    self.retransmitted_ms.push(at_ms);
+                }
+            }
             return line
                 .value("at_ms", at_ms)
                 .value("retransmitted_ms", format_args!("{:?}", self.retransmitted_ms));

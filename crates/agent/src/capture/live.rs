@@ -42,7 +42,6 @@ const TAKING_BUFFER_BYTES: usize = 8 << 10;
 /// The same when nobody waits for it: some sixty pages, or some hundreds that are zero, between two looks.
 /// Each of the two waits until it has a processor then.
 const EASED_BUFFER_BYTES: usize = 256 << 10;
-
 /// The same when somebody may: as much as QEMU is to do between two looks of its reader, some ten pages or eighty that are zero.
 /// (QEMU goes on when three quarters have been read.)
 const HURRIED_BUFFER_BYTES: usize = 32 << 10;
@@ -69,6 +68,10 @@ impl<'a> Ready<'a> {
         Self { machine, service, memory_bytes, shelf, may_take, may_hurry: hurry_this_thread() }
     }
 
+    fn memory_pages(&self) -> u64 {
+        self.memory_bytes / PAGE_SIZE_BYTES as u64
+    }
+
     /// Makes QEMU's end of the socket as large as it is to be when memory begins to come.
     pub(super) fn set_buffer(&self, theirs: &UnixStream) {
         set_buffer(theirs, if self.may_take { TAKING_BUFFER_BYTES } else { HURRIED_BUFFER_BYTES });
@@ -78,16 +81,11 @@ impl<'a> Ready<'a> {
 /// One machine's.
 #[derive(Debug)]
 pub(super) struct Live<'a> {
-    machine: &'a str,
-    service: &'a Service,
-    memory_pages: u64,
+    ready: Ready<'a>,
     faults: WriteFaults,
     /// What QEMU's end of the socket is called.
     theirs: &'a Path,
-    /// Whether threads can be hurried, and so eased: or they could not be hurried again.
-    may_hurry: bool,
     stage: Stage,
-    shelf: Shelf,
 }
 
 #[derive(Debug)]
@@ -102,20 +100,18 @@ impl<'a> Live<'a> {
     /// Memory is protected, and the machine runs again, but for what it writes to. `theirs` is what `/proc/PID/fd` calls QEMU's
     /// end of the socket.
     pub(super) fn begin(ready: Ready<'a>, theirs: &'a Path) -> Self {
-        let Ready { machine, service, memory_bytes, shelf, may_hurry, .. } = ready;
-        let faults = WriteFaults::of(service.process, memory_bytes).unwrap_or_else(|error| {
-            tracing::debug!(machine, %error, "it is not seen when a guest waits");
+        let faults = WriteFaults::of(ready.service.process, ready.memory_bytes).unwrap_or_else(|error| {
+            tracing::debug!(ready.machine, %error, "it is not seen when a guest waits");
             WriteFaults::default()
         });
-        let memory_pages = memory_bytes / PAGE_SIZE_BYTES as u64;
         // QEMU's capture thread may be new.
-        service.hurry();
+        ready.service.hurry();
         let stage = Stage::Taking {
             pages: 0,
-            pace: Pace::new(Work::Take, memory_pages, 0),
+            pace: Pace::new(Work::Take, ready.memory_pages(), 0),
             next: Instant::now() + FIRST_REST,
         };
-        Self { machine, service, memory_pages, faults, theirs, may_hurry, stage, shelf }
+        Self { ready, faults, theirs, stage }
     }
 
     /// The stream has all of the memory.
@@ -123,7 +119,7 @@ impl<'a> Live<'a> {
     /// # Errors
     /// What the file says that pages are kept in.
     pub(super) fn finish(mut self, ram: &mut RamFile<DeviceState>) -> io::Result<()> {
-        self.shelf.keep_all(ram)
+        self.ready.shelf.keep_all(ram)
     }
 
     /// Between two looks at the stream, of which so many pages have been seen: takes pages, or waits as long as those are
@@ -137,11 +133,11 @@ impl<'a> Live<'a> {
                 let end = Instant::now() + LOOK_INTERVAL;
                 while self.faults.takes() {
                     let pause = end.min(*next).saturating_duration_since(Instant::now());
-                    let shelve = &mut |offset, pages: &[u8]| self.shelf.put(offset, pages, ram);
+                    let shelve = &mut |offset, pages: &[u8]| self.ready.shelf.put(offset, pages, ram);
                     if self.faults.serve(pause, shelve)? == Waiting::ForQemu || *next > end {
                         return Ok(());
                     }
-                    if self.shelf.keep_one(ram)? {
+                    if self.ready.shelf.keep_one(ram)? {
                         *next = Instant::now() + KEEP_INTERVAL;
                         continue;
                     }
@@ -150,27 +146,27 @@ impl<'a> Live<'a> {
                     *pages += further;
                     *next = Instant::now() + pace.next(*pages);
                 }
-                self.shelf.keep_all(ram)?;
+                self.ready.shelf.keep_all(ram)?;
                 // All was taken or handed out, but for what QEMU had sent before; or the rest is QEMU's.
-                let all = *pages == self.memory_pages && self.faults.refused().is_none();
-                let eased = all && self.may_hurry;
+                let all = *pages == self.ready.memory_pages() && self.faults.refused().is_none();
+                let eased = all && self.ready.may_hurry;
                 let buffer_bytes = if eased { EASED_BUFFER_BYTES } else { HURRIED_BUFFER_BYTES };
-                for socket in self.service.process.duplicates(self.theirs).unwrap_or_default() {
+                for socket in self.ready.service.process.duplicates(self.theirs).unwrap_or_default() {
                     set_buffer(&socket, buffer_bytes);
                 }
                 if eased {
-                    self.service.ease();
+                    self.ready.service.ease();
                     schedule_this_thread(Policy::Normal { nice: EASED_NICE }, "nobody waits for it");
                 }
-                let pace = Pace::new(Work::Send, self.memory_pages, pages_seen);
+                let pace = Pace::new(Work::Send, self.ready.memory_pages(), pages_seen);
                 self.stage = Stage::Sending { pace, eased };
             }
             Stage::Sending { pace, eased } => {
                 let keep = &mut |offset, pages: &[u8]| ram.keep(offset, pages);
                 let waiting = self.faults.serve(pace.next(pages_seen), keep)?;
                 // For what is not main memory. Or it is through with that.
-                if *eased && (waiting == Waiting::ForQemu || pages_seen >= self.memory_pages) {
-                    self.service.hurry();
+                if *eased && (waiting == Waiting::ForQemu || pages_seen >= self.ready.memory_pages()) {
+                    self.ready.service.hurry();
                     hurry_this_thread();
                     *eased = false;
                 }
@@ -231,7 +227,7 @@ impl Shelf {
 impl Drop for Live<'_> {
     fn drop(&mut self) {
         let (served, taken, refused) = (self.faults.served(), self.faults.taken(), self.faults.refused());
-        tracing::debug!(self.machine, served, taken, ?refused, "pages that QEMU need not have sent");
+        tracing::debug!(self.ready.machine, served, taken, ?refused, "pages that QEMU need not have sent");
     }
 }
 

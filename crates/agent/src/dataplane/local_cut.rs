@@ -415,7 +415,8 @@ impl LocalCut {
     // Steps 1 and 2.
     fn drain(&mut self, segment: &mut Segment, io: &mut Io<'_>) {
         let now = io.now();
-        let late = now.since_ns(self.stage_since) > nanoseconds(DRAIN_BOUND);
+        let waited = now.since_ns(self.stage_since);
+        let (long, late) = (waited > nanoseconds(DRAIN_PATIENCE), waited > nanoseconds(DRAIN_BOUND));
         let mut all_drained = true;
         for progress in &mut self.machines {
             if !progress.running {
@@ -423,16 +424,16 @@ impl LocalCut {
             }
             for drain in &mut progress.drains {
                 drain.advance(segment, io);
-                all_drained &= drain.drained;
             }
-            let waits_long = now.since_ns(self.stage_since) > nanoseconds(DRAIN_PATIENCE);
-            if waits_long && !progress.drain_hurried && progress.drains.iter().any(|drain| !drain.drained) {
+            let drained = progress.drains.iter().all(|drain| drain.drained);
+            all_drained &= drained;
+            if long && !drained && !progress.drain_hurried {
                 tracing::debug!(machine = progress.machine.name, "does not drain");
                 progress.schedule_guest(Policy::Second);
                 progress.drain_hurried = true;
             }
             if late {
-                progress.drain_incomplete = progress.drains.iter().any(|drain| !drain.drained);
+                progress.drain_incomplete = !drained;
             }
         }
         if all_drained || late {
