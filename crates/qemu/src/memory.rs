@@ -14,8 +14,8 @@ use crate::process::ProcessId;
 
 /// `MADV_COLLAPSE` (Linux 6.1): put the range into huge pages now.
 const MADV_COLLAPSE: libc::c_int = 25;
-/// How much is asked for in one call: a millisecond's work or two.
-const STEP_BYTES: u64 = 4 << 20;
+/// How much is asked for in one call: a huge page, a fifth of a millisecond's work.
+const STEP_BYTES: u64 = 2 << 20;
 
 /// The page size of the machines and of the kernel.
 const PAGE_BYTES: usize = 4096;
@@ -57,6 +57,7 @@ pub fn collapse(
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).map_err(refused)?;
     let start = find_anonymous(&maps, memory_bytes).ok_or_else(missing)?;
     let mut offset = 0;
+    let mut tried = false;
     while offset < memory_bytes {
         let length = STEP_BYTES.min(memory_bytes - offset);
         let range = libc::iovec {
@@ -77,11 +78,19 @@ pub fn collapse(
         };
         if result < 0 {
             let error = io::Error::last_os_error();
-            // Some of the range has never been touched, so there is nothing to put together; the rest of it was done.
-            if error.raw_os_error() != Some(libc::EINVAL) {
-                return Err(refused(error));
+            match error.raw_os_error() {
+                // Somebody has some of its pages in use just now.
+                Some(libc::EAGAIN) if !tried => {
+                    tried = true;
+                    between();
+                    continue;
+                }
+                // Or has never touched it, so that there is nothing to put together.
+                Some(libc::EAGAIN | libc::EINVAL) => {}
+                _ => return Err(refused(error)),
             }
         }
+        tried = false;
         offset += length;
         between();
     }

@@ -35,7 +35,7 @@ const STORE_NICE: i32 = 10;
 /// How long storing rests, for the time it works.
 const STORE_REST: u32 = 1;
 /// The same when hardly any processor is idle.
-const BUSY_STORE_REST: u32 = 3;
+const BUSY_STORE_REST: u32 = 9;
 
 impl Attempt<'_> {
     /// Puts the frames in flight into the store and says how they add up.
