@@ -31,7 +31,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 /// will.
 const FIRST_REST: Duration = Duration::from_millis(100);
 /// How often one of the copies of that time is kept then.
-const KEEP_INTERVAL: Duration = Duration::from_micros(250);
+const KEEP_INTERVAL: Duration = Duration::from_millis(2);
 /// The most copies of that time that are held in memory, in bytes: some hundred times those pages that one write asks for.
 const MOST_SHELVED_BYTES: u64 = 8 << 20;
 /// What part of the machine's memory they take at the most.
