@@ -60,12 +60,17 @@ impl<'a> Haste<'a> {
         Self { services, plane: None }
     }
 
+    /// From now on the data plane goes first.
+    pub(crate) fn begin_plane(&mut self, plane: &'a DataPlane) {
+        self.plane.get_or_insert_with(|| HurriedPlane::begin(plane));
+    }
+
     /// From now on they go first, and the data plane with them.
     pub(crate) fn begin(&mut self, plane: &'a DataPlane) {
         for service in &self.services {
             service.hurry();
         }
-        self.plane.get_or_insert_with(|| HurriedPlane::begin(plane));
+        self.begin_plane(plane);
     }
 }
 

@@ -30,8 +30,6 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 /// How long after the cut nothing is done but what somebody waits for: guests catch up, and ask for most of those pages that they
 /// will.
 const FIRST_REST: Duration = Duration::from_millis(100);
-/// How often one of the copies of that time is kept then.
-const KEEP_INTERVAL: Duration = Duration::from_millis(2);
 /// The most copies of that time that are held in memory, in bytes: some hundred times those pages that one write asks for.
 const MOST_SHELVED_BYTES: u64 = 8 << 20;
 /// What part of the machine's memory they take at the most.
@@ -90,8 +88,8 @@ pub(super) struct Live<'a> {
 
 #[derive(Debug)]
 enum Stage {
-    /// Pages are taken, so many by now, and the next when it is time.
-    Taking { pages: u64, pace: Pace, next: Instant },
+    /// Pages are taken, so many by now, and the next when it is time. Before them, so many copies were kept.
+    Taking { pages: u64, kept: u64, pace: Pace, next: Instant },
     /// QEMU sends; `eased` while nobody waits for that.
     Sending { pace: Pace, eased: bool },
 }
@@ -108,6 +106,7 @@ impl<'a> Live<'a> {
         ready.service.hurry();
         let stage = Stage::Taking {
             pages: 0,
+            kept: 0,
             pace: Pace::new(Work::Take, ready.memory_pages(), 0),
             next: Instant::now() + FIRST_REST,
         };
@@ -129,7 +128,7 @@ impl<'a> Live<'a> {
     /// What the file says that pages are kept in.
     pub(super) fn wait(&mut self, pages_seen: u64, ram: &mut RamFile<DeviceState>) -> io::Result<()> {
         match &mut self.stage {
-            Stage::Taking { pages, pace, next } => {
+            Stage::Taking { pages, kept, pace, next } => {
                 let end = Instant::now() + LOOK_INTERVAL;
                 while self.faults.takes() {
                     let pause = end.min(*next).saturating_duration_since(Instant::now());
@@ -137,14 +136,16 @@ impl<'a> Live<'a> {
                     if self.faults.serve(pause, shelve)? == Waiting::ForQemu || *next > end {
                         return Ok(());
                     }
-                    if self.ready.shelf.keep_one(ram)? {
-                        *next = Instant::now() + KEEP_INTERVAL;
-                        continue;
+                    // Copies first, at the same pace: to write pages down takes longer than to take them.
+                    match self.ready.shelf.keep_one(ram)? {
+                        Some(further) => *kept += further,
+                        None => {
+                            let keep = &mut |offset, pages: &[u8]| ram.keep(offset, pages);
+                            let Some(further) = self.faults.take(keep)? else { break };
+                            *pages += further;
+                        }
                     }
-                    let keep = &mut |offset, pages: &[u8]| ram.keep(offset, pages);
-                    let Some(further) = self.faults.take(keep)? else { break };
-                    *pages += further;
-                    *next = Instant::now() + pace.next(*pages);
+                    *next = Instant::now() + pace.next(*pages + *kept);
                 }
                 self.ready.shelf.keep_all(ram)?;
                 // All was taken or handed out, but for what QEMU had sent before; or the rest is QEMU's.
@@ -207,19 +208,20 @@ impl Shelf {
         }
     }
 
-    /// Returns whether there was one.
-    fn keep_one(&mut self, ram: &mut RamFile<DeviceState>) -> io::Result<bool> {
+    /// Keeps one of the copies. Returns how many pages it has, or `None` if there was none.
+    fn keep_one(&mut self, ram: &mut RamFile<DeviceState>) -> io::Result<Option<u64>> {
         let Some((offset, place)) = self.copies.pop() else {
             // There will be no more; and what comes late is kept at once.
             self.bytes = Vec::new();
-            return Ok(false);
+            return Ok(None);
         };
+        let pages = place.len() / PAGE_SIZE_BYTES;
         ram.keep(offset, &self.bytes[place])?;
-        Ok(true)
+        Ok(Some(pages as u64))
     }
 
     fn keep_all(&mut self, ram: &mut RamFile<DeviceState>) -> io::Result<()> {
-        while self.keep_one(ram)? {}
+        while self.keep_one(ram)?.is_some() {}
         Ok(())
     }
 }
@@ -259,8 +261,9 @@ mod tests {
         for offset in [0x1000, 0x4000, 0x5000] {
             ram.page(offset, &page(9)).expect("what the stream brings is newer");
         }
-        assert!(shelf.keep_one(&mut ram).expect("keep") && shelf.keep_one(&mut ram).expect("keep"));
-        assert!(!shelf.keep_one(&mut ram).expect("there is no more"));
+        assert_eq!(shelf.keep_one(&mut ram).expect("keep"), Some(1));
+        assert_eq!(shelf.keep_one(&mut ram).expect("keep"), Some(2));
+        assert_eq!(shelf.keep_one(&mut ram).expect("there is no more"), None);
         shelf.put(0x6000, &page(6), &mut ram).expect("kept at once");
         let (file, _) = ram.into_inner();
         for (offset, byte) in [(0x1000, 1), (0x2000, 2), (0x4000, 0), (0x5000, 5), (0x6000, 6)] {
