@@ -4,7 +4,7 @@
 //! not saved yet waits for QEMU's capture thread, which waits for its reader. With the processors busy each of them is late by
 //! whole time slices, whatever its niceness, where the kernel groups threads by session (autogroup): in a session that had
 //! more than its share before, it may be late by a tenth of a second. So they go before ordinary threads from the cut until all
-//! is stored, the capture thread only as long as somebody may wait for it (before the cut, they would make hosts be cut apart from each other); the [pace](crate::pace) keeps what captures take of the processors within bounds.
+//! is stored (the data plane already while machines are prepared, since it is of the session that prepares them), the capture thread only as long as somebody may wait for it (before the cut, they would make hosts be cut apart from each other); the [pace](crate::pace) keeps what captures take of the processors within bounds.
 
 use diorama_qemu::process::{Policy, ProcessId, thread_name, threads_of};
 
