@@ -4,7 +4,9 @@
 //! not saved yet waits for QEMU's capture thread, which waits for its reader. With the processors busy each of them is late by
 //! whole time slices, whatever its niceness, where the kernel groups threads by session (autogroup): in a session that had
 //! more than its share before, it may be late by a tenth of a second. So they go before ordinary threads from the cut until all
-//! is stored (the data plane already while machines are prepared, since it is of the session that prepares them), the capture thread only as long as somebody may wait for it (before the cut, they would make hosts be cut apart from each other); the [pace](crate::pace) keeps what captures take of the processors within bounds.
+//! is stored, the capture thread only as long as somebody may wait for it (before the cut, they would make hosts be cut apart
+//! from each other), and the data plane already while machines are prepared, which its own session does. The
+//! [pace](crate::pace) keeps what captures take of the processors within bounds.
 
 use diorama_qemu::process::{Policy, ProcessId, thread_name, threads_of};
 
@@ -47,30 +49,25 @@ impl Service {
 /// The policy of threads that are hurried: what a cut waits for, on whichever host, goes before them.
 pub(crate) const HURRIED: Policy = Policy::Third;
 
-/// An environment's QEMUs, which have their usual priority again when this is dropped, whoever has hurried them.
+/// The data plane, which goes first as long as this lives, and an environment's QEMUs, which have their usual priority again
+/// when it is dropped, whoever has hurried them.
 #[derive(Debug)]
 pub(crate) struct Haste<'a> {
     services: Vec<Service>,
-    plane: Option<HurriedPlane<'a>>,
+    _plane: HurriedPlane<'a>,
 }
 
 impl<'a> Haste<'a> {
-    /// Nobody is hurried yet.
-    pub(crate) fn new(services: Vec<Service>) -> Self {
-        Self { services, plane: None }
+    /// From now on the data plane goes first; QEMUs are not hurried yet.
+    pub(crate) fn begin(services: Vec<Service>, plane: &'a DataPlane) -> Self {
+        Self { services, _plane: HurriedPlane::begin(plane) }
     }
 
-    /// From now on the data plane goes first.
-    pub(crate) fn begin_plane(&mut self, plane: &'a DataPlane) {
-        self.plane.get_or_insert_with(|| HurriedPlane::begin(plane));
-    }
-
-    /// From now on they go first, and the data plane with them.
-    pub(crate) fn begin(&mut self, plane: &'a DataPlane) {
+    /// From now on QEMUs go first, too.
+    pub(crate) fn hurry_services(&self) {
         for service in &self.services {
             service.hurry();
         }
-        self.begin_plane(plane);
     }
 }
 
@@ -84,10 +81,10 @@ impl Drop for Haste<'_> {
 
 /// The data plane goes first.
 #[derive(Debug)]
-pub(crate) struct HurriedPlane<'a>(&'a DataPlane);
+struct HurriedPlane<'a>(&'a DataPlane);
 
 impl<'a> HurriedPlane<'a> {
-    pub(crate) fn begin(plane: &'a DataPlane) -> Self {
+    fn begin(plane: &'a DataPlane) -> Self {
         plane.tell(|plane| plane.set_hurried(true));
         Self(plane)
     }

@@ -14,10 +14,11 @@ use crate::processors::{self, Processors};
 
 /// More than can be done.
 const MOST_RATE: u64 = 400_000;
-/// Pages a second at the least and at the beginning, of each machine: one to three hundredths of a processor. Six machines at three times this
-/// took what was left of two processors, and their TCP sent three times as much again.
+/// Pages a second at the least and at the beginning, of each machine: one to three hundredths of a processor. With three times
+/// as many, six machines took what guests left of two (docs/benchmarks.md, "No faster than need be").
 const LEAST_RATE: u64 = 5_000;
-/// How long taking all pages is to take at the most, and sending them. Machines of many GiB take as long as QEMU takes at full speed.
+/// How long taking all pages is to take at the most, and sending them; this counts for machines of more than 195 MiB. Those of
+/// many GiB take as long as QEMU takes at full speed.
 const LONGEST_SECONDS: u64 = 10;
 /// How often the pace is changed. (The kernel counts idle time in hundredths of seconds.)
 const CHANGE_INTERVAL: Duration = Duration::from_millis(50);

@@ -6,16 +6,18 @@
 //! touches, so they are put together again before each.
 
 use std::io::{self, IoSliceMut};
-use std::os::fd::AsRawFd;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
 
+use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 
 use crate::process::ProcessId;
 
 /// `MADV_COLLAPSE` (Linux 6.1): put the range into huge pages now.
 const MADV_COLLAPSE: libc::c_int = 25;
-/// How much is asked for in one call: a huge page, a fifth of a millisecond's work.
-const STEP_BYTES: u64 = 2 << 20;
+/// As much is put together in one call, a fifth of a millisecond's work.
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// The page size of the machines and of the kernel.
 const PAGE_BYTES: usize = 4096;
@@ -44,7 +46,7 @@ pub enum CollapseError {
 }
 
 /// Puts the main memory of a machine into huge pages. The machine may run meanwhile; `between` is called after each of the
-/// short steps that this is done in.
+/// short steps that this is done in. What is in use at that moment, twice, stays as it is, and so does what was never touched.
 pub fn collapse(
     process: ProcessId,
     memory_bytes: u64,
@@ -56,45 +58,42 @@ pub fn collapse(
     let pidfd = process.pidfd().map_err(|error| refused(io::Error::other(error)))?.ok_or_else(missing)?;
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).map_err(refused)?;
     let start = find_anonymous(&maps, memory_bytes).ok_or_else(missing)?;
-    let mut offset = 0;
-    let mut tried = false;
-    while offset < memory_bytes {
-        let length = STEP_BYTES.min(memory_bytes - offset);
-        let range = libc::iovec {
-            iov_base: (start + offset) as *mut libc::c_void,
-            iov_len: usize::try_from(length).unwrap_or(usize::MAX),
-        };
-        // SAFETY: the kernel reads one iovec from our memory; the addresses in it are the other process's, whose pages
-        // keep their contents.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_process_madvise,
-                pidfd.as_raw_fd(),
-                &raw const range,
-                1_usize,
-                MADV_COLLAPSE,
-                0_u32,
-            )
-        };
-        if result < 0 {
-            let error = io::Error::last_os_error();
-            match error.raw_os_error() {
-                // Somebody has some of its pages in use just now.
-                Some(libc::EAGAIN) if !tried => {
-                    tried = true;
-                    between();
-                    continue;
-                }
-                // Or has never touched it, so that there is nothing to put together.
-                Some(libc::EAGAIN | libc::EINVAL) => {}
-                _ => return Err(refused(error)),
-            }
-        }
-        tried = false;
-        offset += length;
+    let end = start + memory_bytes;
+    for first in (start..end).step_by(HUGE_PAGE_BYTES as usize) {
+        let range = first..end.min(first + HUGE_PAGE_BYTES);
+        let mut outcome = collapse_range(&pidfd, &range);
         between();
+        if outcome == Err(Errno::EAGAIN) {
+            outcome = collapse_range(&pidfd, &range);
+            between();
+        }
+        match outcome {
+            // In use, or never touched.
+            Ok(()) | Err(Errno::EAGAIN | Errno::EINVAL) => {}
+            Err(error) => return Err(refused(error.into())),
+        }
     }
     Ok(())
+}
+
+fn collapse_range(pidfd: &OwnedFd, range: &Range<u64>) -> Result<(), Errno> {
+    let range = libc::iovec {
+        iov_base: range.start as *mut libc::c_void,
+        iov_len: usize::try_from(range.end - range.start).unwrap_or(usize::MAX),
+    };
+    // SAFETY: the kernel reads one iovec from our memory; the addresses in it are the other process's, whose pages
+    // keep their contents.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_process_madvise,
+            pidfd.as_raw_fd(),
+            &raw const range,
+            1_usize,
+            MADV_COLLAPSE,
+            0_u32,
+        )
+    };
+    Errno::result(result).map(drop)
 }
 
 /// Reads one byte of every page of a machine's main memory, so that the machine need not wait for pages to be mapped when
@@ -130,7 +129,6 @@ fn find_file(maps: &str, memory_bytes: u64) -> Option<u64> {
 /// The start of the private, writable, anonymous mapping that main memory is in. Neighbours that the kernel has joined
 /// to it make it larger, never smaller; QEMU aligns main memory to huge pages.
 fn find_anonymous(maps: &str, memory_bytes: u64) -> Option<u64> {
-    const HUGE_PAGE_BYTES: u64 = 2 << 20;
     private_mappings(maps)
         .filter_map(|Mapping { start, end, path }| {
             let aligned = start.next_multiple_of(HUGE_PAGE_BYTES);

@@ -88,7 +88,7 @@ pub(super) struct Live<'a> {
 
 #[derive(Debug)]
 enum Stage {
-    /// Pages are taken, so many by now, and the next when it is time. Before them, so many copies were kept.
+    /// Copies are kept, so many pages by now, and then pages are taken, so many by now; the next when it is time.
     Taking { pages: u64, kept: u64, pace: Pace, next: Instant },
     /// QEMU sends; `eased` while nobody waits for that.
     Sending { pace: Pace, eased: bool },

@@ -84,7 +84,7 @@ pub(crate) struct Attempt<'a> {
     /// The highest epoch that the record on disk allows for.
     reserved: Epoch,
     outcome: Option<CutOutcome>,
-    /// From the cut until all is stored; dropped after captures, which hurry threads as well.
+    /// From the preparation until all is stored; dropped after captures, which hurry threads as well.
     haste: Option<Haste<'a>>,
     /// Frames in flight are being recorded there.
     recording: Option<(SegmentId, diorama_switch::Epoch)>,
@@ -337,8 +337,8 @@ impl Attempt<'_> {
         let cut = self.agent.plane.cut(segment, CutJob { goal, machines, bound });
         self.created = crate::up::now();
         let outcome = cut.recv().expect("the data plane answers every cut");
-        if let Some(haste) = &mut self.haste {
-            haste.begin(&self.agent.plane);
+        if let Some(haste) = &self.haste {
+            haste.hurry_services();
         }
         for (machine, result) in self.machines.iter_mut().zip(&outcome.machines) {
             machine.pivoted = result.pivoted;

@@ -33,7 +33,7 @@ use crate::operation::Operation;
 use crate::problem::store_error;
 use crate::record::{Doubt, Record};
 use crate::slot::{OperationGuard, Slot};
-use crate::span::{CUT_NICE, Poised};
+use crate::span::{CUT_NICE, Urgent};
 
 /// How often frames from other hosts are counted while they are waited for.
 const COUNT_INTERVAL: Duration = Duration::from_millis(1);
@@ -244,7 +244,7 @@ impl Part<'_> {
                 (None, None)
             }
         };
-        let mut poised = None;
+        let mut urgent = None;
         if let Some(attempt) = &mut attempt {
             let prepared = attempt
                 .compact_disks()
@@ -253,7 +253,7 @@ impl Part<'_> {
                 .and_then(|()| self.check_sessions());
             if prepared.is_ok() {
                 self.reserved = self.reserved.max(self.proposed);
-                poised = Some(Poised::begin(&self.agent.plane, Policy::Normal { nice: CUT_NICE }));
+                urgent = Some(Urgent::begin(Policy::Normal { nice: CUT_NICE }));
             }
             self.feed(match prepared {
                 Ok(()) => Input::Prepared { snapshot },
@@ -282,7 +282,7 @@ impl Part<'_> {
                 }
                 (Some(Output::StartCut { cut }), Some(attempt)) => {
                     let taken = attempt.cut(cut.epoch);
-                    poised = None;
+                    urgent = None;
                     match taken {
                         Ok(taken) => {
                             counting = Some(cut);
@@ -313,7 +313,7 @@ impl Part<'_> {
                     return;
                 }
                 (Some(Output::Discard { cut, epoch, .. }), attempt) => {
-                    drop(poised.take());
+                    drop(urgent.take());
                     if let Some(attempt) = attempt {
                         attempt.discard();
                     }

@@ -123,8 +123,8 @@ impl Attempt<'_> {
         // Half of what is free at the most, for all machines together: untouched memory is backed then.
         let mut huge_budget = HostMemory::now().map_or(0, |memory| memory.available) / 2;
         let services = self.services();
-        // Machines are prepared by threads of this process, and what they take the kernel counts against its data plane.
-        self.haste.get_or_insert_with(|| Haste::new(services.clone())).begin_plane(&self.agent.plane);
+        let plane = &self.agent.plane;
+        self.haste.get_or_insert_with(|| Haste::begin(services.clone(), plane));
         let plans: Vec<Plan> = self
             .machines
             .iter()

@@ -32,7 +32,7 @@ pub(crate) use parts::{
     CUT_NICE, Joining, Messages, PartDownRequest, PartRequest, PartRestRequest, prefer_this_thread,
 };
 pub(crate) use sessions::Sessions;
-pub(crate) use urgent::{Poised, Urgent};
+pub(crate) use urgent::Urgent;
 
 use diorama_topology::Environment;
 

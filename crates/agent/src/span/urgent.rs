@@ -4,8 +4,6 @@
 
 use diorama_qemu::process::Policy;
 
-use crate::dataplane::DataPlane;
-use crate::haste::HurriedPlane;
 use crate::priority::schedule_this_thread;
 
 /// The calling thread goes before all ordinary ones, for as long as this lives. Only root may; for others nothing changes.
@@ -25,20 +23,6 @@ impl Urgent {
 impl Drop for Urgent {
     fn drop(&mut self) {
         schedule(self.after);
-    }
-}
-
-/// This host stands ready for a cut: what begins it may come any moment, and must not wait for guests. The thread that does
-/// its part and the data plane are [`Urgent`].
-#[derive(Debug)]
-pub(crate) struct Poised<'a> {
-    _plane: HurriedPlane<'a>,
-    _thread: Urgent,
-}
-
-impl<'a> Poised<'a> {
-    pub(crate) fn begin(plane: &'a DataPlane, after: Policy) -> Self {
-        Self { _plane: HurriedPlane::begin(plane), _thread: Urgent::begin(after) }
     }
 }
 
