@@ -92,8 +92,7 @@ pub(crate) struct Program {
     pub(crate) connection: serde_json::Value,
     pub(crate) bytes: u64,
     pub(crate) retransmits: u64,
-    /// When this line was made, and when `retransmits` had grown, in milliseconds of the guest.
-    pub(crate) at_ms: u64,
+    /// When `retransmits` was seen to have grown, in milliseconds since the machine was started.
     pub(crate) retransmitted_ms: Vec<u64>,
     pub(crate) bad_bytes: u64,
     pub(crate) received: u64,

@@ -5,6 +5,7 @@
 //! | [`lab`] | private folders, the real `diorama` binary, and what is left behind: nothing |
 //! | [`load`] | four machines, and the traffic in them |
 //! | [`standstill`] | when programs in guests are seen at work, from outside |
+//! | [`interruption`] | when the computer itself stood still |
 //! | [`figures`] | medians, maxima, tables |
 //! | [`snapshot`], [`consistency`], [`restore`], [`lazy`], [`store`], [`collection`], [`idle`], [`switch`], [`protect`], [`cluster`], [`tunnel`] | one benchmark each |
 //!
@@ -17,6 +18,7 @@ mod consistency;
 mod failure;
 mod figures;
 mod idle;
+mod interruption;
 mod lab;
 mod lazy;
 mod load;

@@ -2,7 +2,9 @@
 //!
 //! Six machines, two on each of three hosts ([`hosts`]); a TCP session and a numbered UDP stream in each of three pairs, all of
 //! them across tunnels. Cuts, and then as long without any: what was sent again or lost more often with cuts than without is
-//! put down to them. All hosts share this computer's clock, so the skew is true; they also share its processors, which real
+//! put down to them, and when each was sent is told. Snapshots are removed ten at a time, and then everything is left alone for a while:
+//! removing one frees the memory that is cached of it, and a computer that is a virtual machine may give free memory back,
+//! and stand still for that, two seconds later. All hosts share this computer's clock, so the skew is true; they also share its processors, which real
 //! hosts do not.
 
 pub(crate) mod hosts;
@@ -10,12 +12,13 @@ pub(crate) mod hosts;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use diorama_api::{EnvironmentStatus, SnapshotReport};
+use diorama_api::{EnvironmentStatus, MachineReport, SnapshotReport};
 use serde::Serialize;
 
 use crate::Common;
 use crate::failure::Failure;
 use crate::figures::{Outcome, Sample, Summary, ms, table};
+use crate::interruption::{Interruption, Interruptions};
 use crate::lab::{self, Lab, say};
 use crate::load::{self, Program, Reading, cores_used};
 use crate::snapshot::remove;
@@ -29,7 +32,16 @@ const PAIRS: [(&str, &str, &str); 3] =
     [("a", "b", "10.0.0.2"), ("c", "d", "10.0.0.4"), ("e", "f", "10.0.0.6")];
 /// How long programs in guests may take to start.
 const READY: Duration = Duration::from_secs(90);
-/// How long guests are left alone after they were asked.
+/// So many snapshots are removed together.
+const REMOVED: usize = 10;
+/// How long after the computer stood still a segment that is sent again is put down to that.
+const AFTER_INTERRUPTION: Duration = Duration::from_millis(100);
+/// How often programs in guests say how they are, in milliseconds. (They write a file for that, which takes emulated machines as long
+/// as a dozen datagrams.)
+const STATUS_MS: u32 = 500;
+/// How wrong times by a guest's clock may be: as long as it takes to ask for it.
+const CLOCK_ERROR: Duration = Duration::from_millis(50);
+/// How long guests are left alone after they were asked, and after snapshots were removed.
 const SETTLE: Duration = Duration::from_secs(5);
 
 /// Its arguments.
@@ -63,6 +75,15 @@ struct Suffered {
     udp_duplicated: u64,
     udp_reordered: u64,
     bad_bytes: u64,
+    /// How often the computer stood still, and for how long in all; `None` where that cannot be seen.
+    interruptions: Option<Interrupted>,
+}
+
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+struct Interrupted {
+    count: u64,
+    ms: f64,
+    longest_ms: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -79,6 +100,7 @@ struct Findings {
     unaccounted: i64,
     drain_incomplete: u32,
     sent_again: Vec<SentAgain>,
+    sent_again_without: Vec<SentAgain>,
     with_cuts: Suffered,
     without: Suffered,
 }
@@ -116,6 +138,9 @@ fn measure(hosts: &Hosts, count: u32, arguments: &Arguments, memory_mib: u64) ->
     let [skews, stalls, pauses, creates] = &mut samples;
     let (mut in_flight, mut unaccounted, mut drain_incomplete) = (0, 0, 0);
     let mut snapshots = Vec::new();
+    let mut kept = Vec::new();
+    let interruptions = Interruptions::watch();
+    let found = || interruptions.as_ref().map(Interruptions::found);
     let before = Looked::take(one)?;
     // What reading does to guests is not to be taken for the first snapshot's doing.
     lab::sleep(SETTLE)?;
@@ -125,8 +150,19 @@ fn measure(hosts: &Hosts, count: u32, arguments: &Arguments, memory_mib: u64) ->
         let asked = Instant::now();
         let report: SnapshotReport =
             lab.run(&["-e", ENVIRONMENT, "snapshot", "create", "--capture", "live"])?;
-        snapshots.push((asked, Instant::now()));
-        remove(lab, ENVIRONMENT, &report.id)?;
+        let pause = |machine: &MachineReport| (machine.name.clone(), Duration::from_micros(machine.pause_us));
+        snapshots.push(Taken {
+            asked,
+            durable: Instant::now(),
+            pauses: report.machines.iter().map(pause).collect(),
+        });
+        kept.push(report.id.clone());
+        if kept.len() == REMOVED {
+            for id in kept.drain(..) {
+                remove(lab, ENVIRONMENT, &id)?;
+            }
+            lab::sleep(SETTLE)?;
+        }
         skews.push(report.cut.skew_us as f64);
         creates.push(report.create_ms as f64);
         in_flight += report.frames.in_flight;
@@ -141,20 +177,14 @@ fn measure(hosts: &Hosts, count: u32, arguments: &Arguments, memory_mib: u64) ->
         }
     }
     let between = Looked::take(one)?;
-    let sent_again = sent_again(&before, &between, &snapshots);
-    for SentAgain { machine, snapshot, .. } in &sent_again {
-        say(match snapshot {
-            None => format!("cluster: {machine} sent a segment again before the first snapshot"),
-            Some(Since { number, asked_s, durable_s }) => format!(
-                "cluster: {machine} sent a segment again {asked_s:.2} s after snapshot {number} was asked for, \
-                 which was durable after {durable_s:.2} s"
-            ),
-        });
-    }
+    let sent_again = SentAgain::between(&before, &between, &snapshots, &found().unwrap_or_default());
+    sent_again.iter().for_each(SentAgain::say);
     let length = between.at.duration_since(before.at);
     say(format!("cluster: the same without cuts, {:.0} s", length.as_secs_f64()));
     lab::sleep(length)?;
     let after = Looked::take(one)?;
+    let sent_again_without = SentAgain::between(&between, &after, &[], &found().unwrap_or_default());
+    sent_again_without.iter().for_each(SentAgain::say);
     Ok(Findings {
         cuts: count,
         memory_mib,
@@ -167,26 +197,29 @@ fn measure(hosts: &Hosts, count: u32, arguments: &Arguments, memory_mib: u64) ->
         unaccounted,
         drain_incomplete,
         sent_again,
-        with_cuts: Suffered::between(&before, &between),
-        without: Suffered::between(&between, &after),
+        sent_again_without,
+        with_cuts: Suffered::between(&before, &between, found().as_deref()),
+        without: Suffered::between(&between, &after, found().as_deref()),
     })
 }
 
 fn start_traffic(lab: &Lab, arguments: &Arguments) -> Result<(), Failure> {
     let (datagrams, bytes) = (arguments.datagrams, &arguments.bytes);
+    let start = |machine: &str, first: &str, programs: [String; 2]| {
+        let programs = programs.map(|program| {
+            format!("setsid traffic {program} --status-every {STATUS_MS} </dev/null >/dev/null 2>&1 &")
+        });
+        lab.guest(ENVIRONMENT, machine, &format!("mkdir -p /run/load; {first} {}", programs.join(" ")))
+    };
     for (_, to, _) in PAIRS {
-        let script = "mkdir -p /run/load; \
-            setsid traffic udp-recv --port 7000 --status /run/load/udp.json </dev/null >/dev/null 2>&1 & \
-            setsid traffic tcp-serve --port 7001 --status /run/load/tcp.json </dev/null >/dev/null 2>&1 &";
-        lab.guest(ENVIRONMENT, to, script)?;
+        let udp = "udp-recv --port 7000 --status /run/load/udp.json".to_owned();
+        let tcp = "tcp-serve --port 7001 --status /run/load/tcp.json".to_owned();
+        start(to, "", [udp, tcp])?;
     }
     for (from, _, address) in PAIRS {
-        let script = format!(
-            "mkdir -p /run/load; ping -c 1 -W 30 {address} >/dev/null; \
-             setsid traffic udp-send --to {address}:7000 --rate {datagrams} --status /run/load/udp.json </dev/null >/dev/null 2>&1 & \
-             setsid traffic tcp-send --to {address}:7001 --rate {bytes} --status /run/load/tcp.json </dev/null >/dev/null 2>&1 &"
-        );
-        lab.guest(ENVIRONMENT, from, &script)?;
+        let udp = format!("udp-send --to {address}:7000 --rate {datagrams} --status /run/load/udp.json");
+        let tcp = format!("tcp-send --to {address}:7001 --rate {bytes} --status /run/load/tcp.json");
+        start(from, &format!("ping -c 1 -W 30 {address} >/dev/null;"), [udp, tcp])?;
     }
     let end = Instant::now() + READY;
     while Instant::now() < end {
@@ -205,32 +238,54 @@ fn start_traffic(lab: &Lab, arguments: &Arguments) -> Result<(), Failure> {
 /// What all programs say, and when.
 struct Looked {
     at: Instant,
-    /// When each machine had answered.
-    read_at: Vec<Instant>,
+    /// When each machine was started, by its clock, which stands still with it.
+    started: Vec<Instant>,
     reading: Reading,
 }
 
 impl Looked {
     fn take(lab: &Lab) -> Result<Self, Failure> {
         let at = Instant::now();
-        let (mut read_at, mut programs) = (Vec::new(), Vec::new());
+        let (mut started, mut programs) = (Vec::new(), Vec::new());
         // One after the other: guests that all answer at once hold each other up.
         for (machine, _) in MACHINES {
             programs.push(load::read(lab, ENVIRONMENT, machine)?);
-            read_at.push(Instant::now());
+            started.push(Self::started(lab, machine)?);
         }
-        Ok(Self { at, read_at, reading: Reading(programs) })
+        Ok(Self { at, started, reading: Reading(programs) })
     }
+
+    fn started(lab: &Lab, machine: &str) -> Result<Instant, Failure> {
+        let asked = Instant::now();
+        let text = lab.guest(ENVIRONMENT, machine, "cat /proc/uptime")?;
+        let uptime = text.split(' ').next().and_then(|seconds| seconds.parse().ok());
+        let uptime = uptime.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        // It looked somewhere between the two.
+        uptime.and_then(|uptime| (asked + asked.elapsed() / 2).checked_sub(uptime)).ok_or_else(|| {
+            Failure::Guest { machine: machine.to_owned(), problem: format!("/proc/uptime: {text}") }
+        })
+    }
+}
+
+/// A snapshot was asked for, and durable.
+#[derive(Debug)]
+struct Taken {
+    asked: Instant,
+    durable: Instant,
+    /// How long each machine stood still in it, and so did its clock.
+    pauses: Vec<(String, Duration)>,
 }
 
 /// A segment that was sent again.
 #[derive(Debug, Serialize)]
 struct SentAgain {
     machine: &'static str,
-    /// Seconds since the first reading, by the guest's clock, which stands still with the guest.
+    /// Seconds since the first reading.
     at_s: f64,
     /// The snapshot that was asked for last before.
     snapshot: Option<Since>,
+    /// For how long the computer had stood still just before, in milliseconds; 0: it had not, or that cannot be seen.
+    interrupted_ms: f64,
 }
 
 /// A snapshot, and when after it something happened.
@@ -244,32 +299,66 @@ struct Since {
     durable_s: f64,
 }
 
-/// All since the first reading, of which the second knows. `snapshots` are when each was asked for, and durable.
-fn sent_again(before: &Looked, after: &Looked, snapshots: &[(Instant, Instant)]) -> Vec<SentAgain> {
-    let mut found = Vec::new();
-    for (((machine, _), programs), read_at) in MACHINES.iter().zip(&after.reading.0).zip(&after.read_at) {
-        for program in programs {
-            for then_ms in &program.retransmitted_ms {
-                let age = Duration::from_millis(program.at_ms.saturating_sub(*then_ms));
-                let Some(then) = read_at.checked_sub(age).filter(|then| *then > before.at) else { continue };
-                let number = snapshots.iter().rposition(|(asked, _)| *asked <= then);
-                let snapshot = number.map(|number| {
-                    let (asked, durable) = snapshots[number];
-                    Since {
-                        number,
-                        asked_s: (then - asked).as_secs_f64(),
-                        durable_s: (durable - asked).as_secs_f64(),
-                    }
+impl SentAgain {
+    /// All between two readings.
+    fn between(
+        before: &Looked,
+        after: &Looked,
+        snapshots: &[Taken],
+        interruptions: &[Interruption],
+    ) -> Vec<Self> {
+        let mut found = Vec::new();
+        for (((machine, _), programs), started) in MACHINES.iter().zip(&after.reading.0).zip(&after.started) {
+            for uptime_ms in programs.iter().flat_map(|program| &program.retransmitted_ms) {
+                let then = *started + Duration::from_millis(*uptime_ms);
+                // Its clock has stood still since then.
+                let since =
+                    snapshots.iter().filter(|taken| taken.asked > then).flat_map(|taken| &taken.pauses);
+                let stood: Duration =
+                    since.filter(|(name, _)| name == machine).map(|(_, pause)| *pause).sum();
+                let then = then - stood;
+                if then <= before.at {
+                    continue;
+                }
+                let number = snapshots.iter().rposition(|taken| taken.asked <= then);
+                let snapshot = number.map(|number| Since {
+                    number,
+                    asked_s: (then - snapshots[number].asked).as_secs_f64(),
+                    durable_s: (snapshots[number].durable - snapshots[number].asked).as_secs_f64(),
                 });
-                found.push(SentAgain { machine, at_s: (then - before.at).as_secs_f64(), snapshot });
+                let just_before = |end: Instant| {
+                    then + CLOCK_ERROR >= end && then.saturating_duration_since(end) <= AFTER_INTERRUPTION
+                };
+                let interrupted = interruptions.iter().filter(|found| just_before(found.end));
+                found.push(Self {
+                    machine,
+                    at_s: (then - before.at).as_secs_f64(),
+                    snapshot,
+                    interrupted_ms: interrupted.map(|found| found.length.as_secs_f64() * 1e3).sum(),
+                });
             }
         }
+        found
     }
-    found
+
+    fn say(&self) {
+        let Self { machine, at_s, snapshot, interrupted_ms } = self;
+        let when = match snapshot {
+            None => format!("{at_s:.2} s after programs were asked, without a snapshot"),
+            Some(Since { number, asked_s, durable_s }) => format!(
+                "{asked_s:.2} s after snapshot {number} was asked for, which was durable after {durable_s:.2} s"
+            ),
+        };
+        let why = match interrupted_ms {
+            0.0 => String::new(),
+            ms => format!("; the computer had just stood still for {ms:.0} ms"),
+        };
+        say(format!("cluster: {machine} sent a segment again {when}{why}"));
+    }
 }
 
 impl Suffered {
-    fn between(before: &Looked, after: &Looked) -> Self {
+    fn between(before: &Looked, after: &Looked, interruptions: Option<&[Interruption]>) -> Self {
         let grown = |kind: &str, field: fn(&Program) -> u64| {
             after.reading.sum(kind, field).saturating_sub(before.reading.sum(kind, field))
         };
@@ -283,7 +372,18 @@ impl Suffered {
             udp_duplicated: grown("udp-recv", |program| program.duplicated + program.too_old),
             udp_reordered: grown("udp-recv", |program| program.reordered),
             bad_bytes: grown("tcp-serve", |program| program.bad_bytes),
+            interruptions: interruptions.map(|all| Interrupted::between(all, before.at, after.at)),
         }
+    }
+}
+
+impl Interrupted {
+    fn between(all: &[Interruption], from: Instant, to: Instant) -> Self {
+        let within = all.iter().filter(|found| (from..to).contains(&found.end));
+        within.fold(Self::default(), |sum, found| {
+            let ms = found.length.as_secs_f64() * 1e3;
+            Self { count: sum.count + 1, ms: sum.ms + ms, longest_ms: sum.longest_ms.max(ms) }
+        })
     }
 }
 
@@ -317,6 +417,11 @@ fn text(findings: &Findings) -> String {
         suffered("seconds", |suffered| format!("{:.0}", suffered.seconds)),
         suffered("TCP bytes checked", |suffered| suffered.tcp_bytes.to_string()),
         suffered("TCP retransmissions", |suffered| suffered.tcp_retransmits.to_string()),
+        suffered("computer stood still, times (longest, ms)", |suffered| {
+            suffered
+                .interruptions
+                .map_or("not seen".to_owned(), |found| format!("{} ({:.0})", found.count, found.longest_ms))
+        }),
         suffered("UDP datagrams received", |suffered| suffered.udp_received.to_string()),
         suffered("UDP lost", |suffered| suffered.udp_lost.to_string()),
         suffered("UDP reordered", |suffered| suffered.udp_reordered.to_string()),

@@ -33,7 +33,7 @@ pub fn write(arguments: &mut Arguments) -> Result<(), Failure> {
     let rate = arguments.rate()?;
     let size = arguments.bytes("size", Some(16 << 20), BLOCK as u64..=1 << 40)?;
     let seconds: Option<u64> = arguments.optional("seconds")?;
-    let mut status = StatusFile::new(arguments.optional::<PathBuf>("status")?);
+    let mut status = StatusFile::optional(arguments)?;
     arguments.finish()?;
 
     let failed = |e| Failure::Io("write the file", e);

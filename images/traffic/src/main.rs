@@ -49,7 +49,8 @@ Usage:
   traffic status FILE
 
 Rates are per second. Sizes take KiB, MiB and GiB. A status FILE holds one line of
-JSON, replaced atomically every 50 ms; `traffic status FILE` prints it.
+JSON, replaced atomically every 50 ms, or as often as `--status-every MS` says;
+`traffic status FILE` prints it.
 
 Exit status: 0 done, 1 failed (a broken connection, a damaged disk), 2 wrong usage.";
 

@@ -1,6 +1,5 @@
 //! `memory`: dirties pages at a rate, in an order without pattern.
 
-use std::path::PathBuf;
 use std::time::Instant;
 
 use crate::Failure;
@@ -14,7 +13,7 @@ const PAGE: usize = 4096;
 pub fn dirty(arguments: &mut Arguments) -> Result<(), Failure> {
     let bytes = arguments.bytes("bytes", None, PAGE as u64..=1 << 40)?;
     let rate = arguments.rate()?;
-    let mut status = StatusFile::new(arguments.optional::<PathBuf>("status")?);
+    let mut status = StatusFile::optional(arguments)?;
     arguments.finish()?;
 
     let pages = (bytes as usize) / PAGE;

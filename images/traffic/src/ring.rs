@@ -11,7 +11,6 @@
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::arguments::Arguments;
@@ -38,7 +37,7 @@ pub fn pass(arguments: &mut Arguments) -> Result<(), Failure> {
     let next: SocketAddr = arguments.required("next")?;
     let inject: u64 = arguments.optional("inject")?.unwrap_or(0);
     let id: u16 = arguments.optional("id")?.unwrap_or(0);
-    let mut status = StatusFile::new(Some(arguments.required::<PathBuf>("status")?));
+    let mut status = StatusFile::required(arguments)?;
     arguments.finish()?;
     if inject > MAX_TOKENS as u64 {
         return Err(Failure::Check(format!("--inject {inject}: at most {MAX_TOKENS} tokens")));

@@ -1,7 +1,7 @@
 //! The status file: one line of JSON that a reader always sees whole.
 //!
 //! Invariant: the file is only ever replaced by `rename`, so that its content is one
-//! instant of the program. It is at most [`PERIOD`] old while the program runs.
+//! instant of the program. It is at most [`PERIOD`] old while the program runs, or as old as `--status-every` says.
 
 use std::fmt::{Display, Write as _};
 use std::fs;
@@ -9,23 +9,34 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::Failure;
+use crate::arguments::{ArgumentError, Arguments};
 
-/// How often the file is replaced. Short, because tests wait for it; long enough that
-/// writing costs an emulated machine next to nothing.
+/// How often the file is replaced, unless it is said otherwise. Short, because tests wait for it; an emulated machine spends
+/// a twentieth of a processor on it.
 pub const PERIOD: Duration = Duration::from_millis(50);
 
 /// Writes the status file, if one was asked for.
 #[derive(Debug)]
 pub struct StatusFile {
     path: Option<PathBuf>,
+    period: Duration,
     last: String,
     due: Instant,
 }
 
 impl StatusFile {
-    /// Nothing is written until the first [`StatusFile::update`].
-    pub fn new(path: Option<PathBuf>) -> Self {
-        Self { path, last: String::new(), due: Instant::now() }
+    /// Takes `--status FILE`, which may be absent, and `--status-every MS`. Nothing is written until the first
+    /// [`StatusFile::update`].
+    pub fn optional(arguments: &mut Arguments) -> Result<Self, ArgumentError> {
+        let path = arguments.optional("status")?;
+        let period = arguments.optional("status-every")?.map_or(PERIOD, Duration::from_millis);
+        Ok(Self { path, period, last: String::new(), due: Instant::now() })
+    }
+
+    /// The same where `--status` must be there.
+    pub fn required(arguments: &mut Arguments) -> Result<Self, ArgumentError> {
+        let file = Self::optional(arguments)?;
+        if file.path.is_some() { Ok(file) } else { Err(ArgumentError::Missing { name: "status" }) }
     }
 
     /// Replaces the file if it is due; `line` is only made then.
@@ -39,7 +50,7 @@ impl StatusFile {
     /// Replaces the file now.
     pub fn write(&mut self, line: Line) -> Result<(), Failure> {
         let Some(path) = &self.path else { return Ok(()) };
-        self.due = Instant::now() + PERIOD;
+        self.due = Instant::now() + self.period;
         let text = line.finish();
         if text == self.last {
             return Ok(());
@@ -111,6 +122,18 @@ impl Line {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_file_is_replaced_as_often_as_is_said() {
+        let arguments = |line: &str| Arguments::parse(line.split_whitespace().map(str::to_owned).collect());
+        let file = |line: &str| StatusFile::optional(&mut arguments(line).expect("pairs"));
+        assert_eq!(file("--status f").expect("valid").period, PERIOD);
+        assert_eq!(file("--status f --status-every 1000").expect("valid").period, Duration::from_secs(1));
+        let wrong = ArgumentError::BadValue { name: "status-every", value: "1s".into() };
+        assert_eq!(file("--status-every 1s").expect_err("no number"), wrong);
+        let without = StatusFile::required(&mut arguments("--status-every 50").expect("pairs"));
+        assert_eq!(without.expect_err("no file"), ArgumentError::Missing { name: "status" });
+    }
 
     #[test]
     fn a_line_is_one_json_object() {

@@ -11,8 +11,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::arguments::Arguments;
 use crate::pace::Pace;
@@ -31,13 +30,13 @@ pub fn send(arguments: &mut Arguments) -> Result<(), Failure> {
     let to: SocketAddr = arguments.required("to")?;
     let rate = arguments.rate()?;
     let seconds: Option<u64> = arguments.optional("seconds")?;
-    let mut status = StatusFile::new(arguments.optional::<PathBuf>("status")?);
+    let mut status = StatusFile::optional(arguments)?;
     arguments.finish()?;
 
     let mut stream = TcpStream::connect(to).map_err(|e| Failure::Io("connect", e))?;
     // A write that waits for the peer must still let the status be written.
     stream.set_write_timeout(Some(PERIOD)).map_err(|e| Failure::Io("set a timeout", e))?;
-    let mut session = Session { id: random_id()?, ..Session::default() };
+    let mut session = Session { id: random_id()?, clock: Some(Clock::start()?), ..Session::default() };
     let mut opening = [0; 16];
     opening[..8].copy_from_slice(&MAGIC);
     opening[8..].copy_from_slice(&session.id.to_be_bytes());
@@ -70,6 +69,7 @@ pub fn send(arguments: &mut Arguments) -> Result<(), Failure> {
                 Err(error) => break Err(error),
             }
         }
+        session.look(&stream);
         status.update(|| session.line("tcp-send", "open", &stream))?;
     };
     if let Err(error) = outcome {
@@ -77,7 +77,7 @@ pub fn send(arguments: &mut Arguments) -> Result<(), Failure> {
         return Err(Failure::Io("send", error));
     }
 
-    let mut broken = |status: &mut StatusFile, error| {
+    let broken = |status: &mut StatusFile, error| {
         status.write(session.line("tcp-send", "broken", &stream))?;
         Err(Failure::Io("end the session", error))
     };
@@ -103,7 +103,7 @@ pub fn send(arguments: &mut Arguments) -> Result<(), Failure> {
 /// `traffic tcp-serve`: one session after another, for ever.
 pub fn serve(arguments: &mut Arguments) -> Result<(), Failure> {
     let port: u16 = arguments.required("port")?;
-    let mut status = StatusFile::new(Some(arguments.required::<PathBuf>("status")?));
+    let mut status = StatusFile::required(arguments)?;
     arguments.finish()?;
 
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
@@ -178,11 +178,32 @@ struct Session {
     bytes: u64,
     bad: u64,
     first_bad: Option<u64>,
-    /// When its first line was made.
-    since: Option<Instant>,
+    /// The sender's.
+    clock: Option<Clock>,
     retransmits: u32,
-    /// When that was seen to have grown, in milliseconds since then; the first [`MOST_TIMES`] of them.
+    /// When that was seen to have grown, in milliseconds since the machine was started; the first [`MOST_TIMES`] of them.
     retransmitted_ms: Vec<u64>,
+}
+
+/// The time since the machine was started, as /proc/uptime has it.
+#[derive(Debug)]
+struct Clock {
+    base: Duration,
+    started: Instant,
+}
+
+impl Clock {
+    fn start() -> Result<Self, Failure> {
+        let text =
+            std::fs::read_to_string("/proc/uptime").map_err(|e| Failure::Io("read /proc/uptime", e))?;
+        let seconds = text.split(' ').next().and_then(|seconds| seconds.parse().ok());
+        let base = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).unwrap_or_default();
+        Ok(Self { base, started: Instant::now() })
+    }
+
+    fn now_ms(&self) -> u64 {
+        (self.base + self.started.elapsed()).as_millis() as u64
+    }
 }
 
 impl Session {
@@ -201,7 +222,18 @@ impl Session {
         self.bytes += bytes.len() as u64;
     }
 
-    fn line(&mut self, kind: &str, state: &'static str, stream: &TcpStream) -> Line {
+    /// Notes when something was sent again. To be called often.
+    fn look(&mut self, stream: &TcpStream) {
+        let (Some(clock), Some(retransmits)) = (&self.clock, total_retransmits(stream)) else { return };
+        if retransmits > self.retransmits {
+            self.retransmits = retransmits;
+            if self.retransmitted_ms.len() < MOST_TIMES {
+                self.retransmitted_ms.push(clock.now_ms());
+            }
+        }
+    }
+
+    fn line(&self, kind: &str, state: &'static str, stream: &TcpStream) -> Line {
         let retransmits = total_retransmits(stream);
         let line = Line::new(kind)
             .word("state", state)
@@ -209,16 +241,7 @@ impl Session {
             .value("bytes", self.bytes)
             .optional("retransmits", retransmits);
         if kind == "tcp-send" {
-            let at_ms = self.since.get_or_insert_with(Instant::now).elapsed().as_millis() as u64;
-            if let Some(retransmits) = retransmits.filter(|retransmits| *retransmits > self.retransmits) {
-                self.retransmits = retransmits;
-                if self.retransmitted_ms.len() < MOST_TIMES {
-                    self.retransmitted_ms.push(at_ms);
-                }
-            }
-            return line
-                .value("at_ms", at_ms)
-                .value("retransmitted_ms", format_args!("{:?}", self.retransmitted_ms));
+            return line.value("retransmitted_ms", format_args!("{:?}", self.retransmitted_ms));
         }
         line.value("bad_bytes", self.bad)
             .optional("first_bad", self.first_bad)

@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::net::{Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::arguments::Arguments;
@@ -34,7 +33,7 @@ pub fn send(arguments: &mut Arguments) -> Result<(), Failure> {
     let rate = arguments.rate()?;
     let size = arguments.bytes("size", Some(64), HEADER as u64..=MAX_DATAGRAM)?;
     let seconds: Option<u64> = arguments.optional("seconds")?;
-    let mut status = StatusFile::new(arguments.optional::<PathBuf>("status")?);
+    let mut status = StatusFile::optional(arguments)?;
     arguments.finish()?;
 
     let socket = bind(to, 0)?;
@@ -85,7 +84,7 @@ pub fn send(arguments: &mut Arguments) -> Result<(), Failure> {
 /// `traffic udp-recv`.
 pub fn receive(arguments: &mut Arguments) -> Result<(), Failure> {
     let port: u16 = arguments.required("port")?;
-    let mut status = StatusFile::new(Some(arguments.required::<PathBuf>("status")?));
+    let mut status = StatusFile::required(arguments)?;
     arguments.finish()?;
 
     let socket = listen(port)?;

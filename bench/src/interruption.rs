@@ -1,0 +1,89 @@
+//! When the computer itself stood still: on one that is a virtual machine, whatever ran on it is late then, and no snapshot is to
+//! blame.
+//!
+//! A real-time thread, which goes before everything else (that takes root), sleeps two milliseconds at a time. When it wakes up late, no processor
+//! would have run anything: one of them would have run it. (Work within the kernel that cannot be interrupted looks the same; that is
+//! not known to take milliseconds.)
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+const LOOK: Duration = Duration::from_millis(2);
+/// Above all threads of the agent and of QEMU (sched(7)).
+const PRIORITY: libc::c_int = 50;
+/// It is an interruption when a look is so late.
+const LATE: Duration = Duration::from_millis(8);
+
+/// The computer stood still: until when, and for how long.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Interruption {
+    pub(crate) end: Instant,
+    pub(crate) length: Duration,
+}
+
+/// Looks for them until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Interruptions {
+    found: Arc<Mutex<Vec<Interruption>>>,
+    ended: Arc<AtomicBool>,
+    watching: Option<JoinHandle<()>>,
+}
+
+impl Interruptions {
+    /// `None` where a thread may not be real-time: an ordinary one is late for other reasons.
+    pub(crate) fn watch() -> Option<Self> {
+        let found = Arc::<Mutex<Vec<Interruption>>>::default();
+        let ended = Arc::new(AtomicBool::new(false));
+        let (ready, is_ready) = std::sync::mpsc::channel();
+        let watching = std::thread::spawn({
+            let (found, ended) = (found.clone(), ended.clone());
+            move || {
+                let first = go_first();
+                if ready.send(first).is_err() || !first {
+                    return;
+                }
+                while !ended.load(Ordering::Relaxed) {
+                    let due = Instant::now() + LOOK;
+                    std::thread::sleep(LOOK);
+                    let end = Instant::now();
+                    let length = end.saturating_duration_since(due);
+                    if length >= LATE {
+                        found
+                            .lock()
+                            .unwrap_or_else(PoisonError::into_inner)
+                            .push(Interruption { end, length });
+                    }
+                }
+            }
+        });
+        let watches = is_ready.recv().unwrap_or(false);
+        let this = Self { found, ended, watching: Some(watching) };
+        watches.then_some(this)
+    }
+
+    /// All until now.
+    pub(crate) fn found(&self) -> Vec<Interruption> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Puts the calling thread before all others. Returns whether it may.
+fn go_first() -> bool {
+    let parameters = libc::sched_param { sched_priority: PRIORITY };
+    // SAFETY: `parameters` is valid for the call, which only reads it; 0 is the calling thread.
+    Errno::result(unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameters) }).is_ok()
+}
+
+impl Drop for Interruptions {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Relaxed);
+        if let Some(watching) = self.watching.take() {
+            // It does not panic.
+            let _ = watching.join();
+        }
+    }
+}
