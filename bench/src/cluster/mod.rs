@@ -2,9 +2,9 @@
 //!
 //! Six machines, two on each of three hosts ([`hosts`]); a TCP session and a numbered UDP stream in each of three pairs, all of
 //! them across tunnels. Cuts, and then as long without any: what was sent again or lost more often with cuts than without is
-//! put down to them, and when each was sent is told. Snapshots are removed ten at a time, and then everything is left alone for a while:
-//! removing one frees the memory that is cached of it, and a computer that is a virtual machine may give free memory back,
-//! and stand still for that, two seconds later. All hosts share this computer's clock, so the skew is true; they also share its processors, which real
+//! put down to them, and when each was sent is told. Each snapshot is removed, and then everything is left alone for a while:
+//! that frees the memory that is cached of it, and a computer that is a virtual machine may give free memory back (free page
+//! reporting), and stand still for that, two seconds later. All hosts share this computer's clock, so the skew is true; they also share its processors, which real
 //! hosts do not.
 
 pub(crate) mod hosts;
@@ -32,8 +32,6 @@ const PAIRS: [(&str, &str, &str); 3] =
     [("a", "b", "10.0.0.2"), ("c", "d", "10.0.0.4"), ("e", "f", "10.0.0.6")];
 /// How long programs in guests may take to start.
 const READY: Duration = Duration::from_secs(90);
-/// So many snapshots are removed together.
-const REMOVED: usize = 10;
 /// How long after the computer stood still a segment that is sent again is put down to that.
 const AFTER_INTERRUPTION: Duration = Duration::from_millis(100);
 /// How often programs in guests say how they are, in milliseconds. (They write a file for that, which takes emulated machines as long
@@ -41,8 +39,8 @@ const AFTER_INTERRUPTION: Duration = Duration::from_millis(100);
 const STATUS_MS: u32 = 500;
 /// How wrong times by a guest's clock may be: as long as it takes to ask for it.
 const CLOCK_ERROR: Duration = Duration::from_millis(50);
-/// How long guests are left alone after they were asked, and after snapshots were removed.
-const SETTLE: Duration = Duration::from_secs(5);
+/// How long guests are left alone after they were asked, and after a snapshot was removed.
+const SETTLE: Duration = Duration::from_secs(4);
 
 /// Its arguments.
 #[derive(Debug, Clone, Args)]
@@ -138,7 +136,6 @@ fn measure(hosts: &Hosts, count: u32, arguments: &Arguments, memory_mib: u64) ->
     let [skews, stalls, pauses, creates] = &mut samples;
     let (mut in_flight, mut unaccounted, mut drain_incomplete) = (0, 0, 0);
     let mut snapshots = Vec::new();
-    let mut kept = Vec::new();
     let interruptions = Interruptions::watch();
     let found = || interruptions.as_ref().map(Interruptions::found);
     let before = Looked::take(one)?;
@@ -156,13 +153,8 @@ fn measure(hosts: &Hosts, count: u32, arguments: &Arguments, memory_mib: u64) ->
             durable: Instant::now(),
             pauses: report.machines.iter().map(pause).collect(),
         });
-        kept.push(report.id.clone());
-        if kept.len() == REMOVED {
-            for id in kept.drain(..) {
-                remove(lab, ENVIRONMENT, &id)?;
-            }
-            lab::sleep(SETTLE)?;
-        }
+        remove(lab, ENVIRONMENT, &report.id)?;
+        lab::sleep(SETTLE)?;
         skews.push(report.cut.skew_us as f64);
         creates.push(report.create_ms as f64);
         in_flight += report.frames.in_flight;

@@ -17,6 +17,7 @@ use diorama_qemu::command_line::{self, BootSource, Listener, MachineConfig, NicC
 use diorama_qemu::migration::postcopy::Opening;
 use diorama_qemu::process::{self, Policy, ProcessId, Spawned};
 use diorama_qemu::qmp::{Client, QmpError};
+use diorama_qemu::time_stamp_counter;
 use diorama_switch::{Epoch, NetworkConfig, NetworkId, PortId, Switch};
 use diorama_topology::Environment;
 use serde_json::{Value, json};
@@ -396,6 +397,11 @@ fn start(
         .collect();
     let nic_sockets: Vec<PathBuf> = nics.iter().map(|nic| nic.socket.clone()).collect();
     let saved = machine.from;
+    // Not what is stored: where the machine is restored, the frequency may be another. It counts from the next boot on.
+    let command_line = |cmdline: String| match machine.hardware.accelerator {
+        AcceleratorRecord::Kvm => cmdline,
+        AcceleratorRecord::Tcg => time_stamp_counter::with_frequency(&cmdline),
+    };
     let config = MachineConfig {
         name: format!("{}/{name}", plan.specification.name),
         machine_type: machine.hardware.machine_type,
@@ -407,7 +413,9 @@ fn start(
         vcpus: machine.hardware.vcpus,
         memory_bytes: machine.hardware.memory_bytes,
         boot: match machine.boot {
-            BootRecord::Kernel { kernel, initrd, cmdline } => BootSource::Kernel { kernel, initrd, cmdline },
+            BootRecord::Kernel { kernel, initrd, cmdline } => {
+                BootSource::Kernel { kernel, initrd, cmdline: command_line(cmdline) }
+            }
             BootRecord::Disk => BootSource::Disk,
         },
         nics,

@@ -21,13 +21,15 @@ const LEAST_RATE: u64 = 5_000;
 /// many GiB take as long as QEMU takes at full speed.
 const LONGEST_SECONDS: u64 = 10;
 /// How often the pace is changed. (The kernel counts idle time in hundredths of seconds.)
-const CHANGE_INTERVAL: Duration = Duration::from_millis(50);
+const CHANGE_INTERVAL: Duration = Duration::from_millis(100);
 /// With more than this part of all processors idle, faster.
-const MUCH_IDLE_PERCENT: u64 = 20;
+const MUCH_IDLE_PERCENT: u64 = 30;
 /// What is to stay idle then.
-const SPARED_PERCENT: u64 = 10;
+const SPARED_PERCENT: u64 = 20;
 /// With less than this, slower.
-const LITTLE_IDLE_PERCENT: u64 = 5;
+const LITTLE_IDLE_PERCENT: u64 = 10;
+/// What part of the rest is taken at a time.
+const TAKEN_PART: u64 = 8;
 /// The shortest time between two looks: a reader that is woken for every page costs more than the page does.
 const LOOK_INTERVAL: Duration = Duration::from_micros(50);
 /// How far pages that were read early, since somebody waited for QEMU, may put off others.
@@ -115,24 +117,32 @@ fn headroom(idle_percent: u64, processors: u64, captures: u64, page_cost: Durati
     spare_micros / page_cost.as_micros() as u64 / captures.max(1)
 }
 
-/// The next rate. Half of the headroom, since others may see the same processors idle: those that other agents
-/// take part of.
+/// The next rate. Faster by a small part of what is spare, since others may see the same processors idle, such as other agents on
+/// this computer, and take their part of it; slower by half, since guests are late already (as TCP shares a link that it knows nothing
+/// of: additive increase, multiplicative decrease).
 fn change(rate: u64, least: u64, idle_percent: u64, headroom: u64) -> u64 {
     let rate = match idle_percent {
-        MUCH_IDLE_PERCENT.. => rate + rate.min(headroom / 2),
+        MUCH_IDLE_PERCENT.. => rate + rate.min(headroom / TAKEN_PART),
         LITTLE_IDLE_PERCENT.. => rate,
-        _ => rate * 3 / 4,
+        _ => rate / 2,
     };
     rate.clamp(least, MOST_RATE)
 }
 
-/// Breaks in a thread's work beside running guests: unless processors are idle, it rests after each piece.
+/// For how many times as long as a piece of work took, its thread rests after it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rests {
+    /// When much of the processors is idle.
+    pub(crate) idle: u32,
+    pub(crate) usual: u32,
+    /// When hardly any processor is idle.
+    pub(crate) busy: u32,
+}
+
+/// Breaks in a thread's work beside running guests: it rests after each piece.
 #[derive(Debug)]
 pub(crate) struct Breaks {
-    /// For so many times as long as the piece took.
-    rest: u32,
-    /// The same when hardly any processor is idle.
-    busy_rest: u32,
+    rests: Rests,
     /// When it went on after the last.
     since: Instant,
     idle_percent: u64,
@@ -141,9 +151,9 @@ pub(crate) struct Breaks {
 
 impl Breaks {
     /// The work begins.
-    pub(crate) fn new(rest: u32, busy_rest: u32) -> Self {
+    pub(crate) fn new(rests: Rests) -> Self {
         let now = Instant::now();
-        Self { rest, busy_rest, since: now, idle_percent: 0, load: Load::new(now) }
+        Self { rests, since: now, idle_percent: 0, load: Load::new(now) }
     }
 
     /// A short piece of it is done.
@@ -151,9 +161,9 @@ impl Breaks {
         let now = Instant::now();
         self.idle_percent = self.load.idle_percent(now).unwrap_or(self.idle_percent);
         let rest = match self.idle_percent {
-            MUCH_IDLE_PERCENT.. => 0,
-            LITTLE_IDLE_PERCENT.. => self.rest,
-            _ => self.busy_rest,
+            MUCH_IDLE_PERCENT.. => self.rests.idle,
+            LITTLE_IDLE_PERCENT.. => self.rests.usual,
+            _ => self.rests.busy,
         };
         // A piece that took long had to wait for something itself.
         std::thread::sleep(((now - self.since) * rest).min(LONGEST_BREAK));
@@ -192,12 +202,13 @@ mod tests {
     fn idle_processors_make_it_faster() {
         let step = |rate, idle| change(rate, LEAST_RATE, idle, headroom(idle, 4, 2, Work::Send.page_cost()));
         let mut rate = LEAST_RATE;
-        for _ in 0..7 {
+        for _ in 0..20 {
             rate = step(rate, 100);
         }
         assert_eq!(rate, MOST_RATE);
-        assert_eq!(step(rate, 10), rate);
-        for _ in 0..20 {
+        assert_eq!(step(rate, 20), rate);
+        assert_eq!(step(rate, 0), rate / 2);
+        for _ in 0..7 {
             rate = step(rate, 0);
         }
         assert_eq!(rate, LEAST_RATE);
@@ -205,11 +216,11 @@ mod tests {
 
     #[test]
     fn what_is_idle_is_not_taken_twice() {
-        // A fifth of two processors, three captures: what a tenth of them can do, halved.
+        // Half of two processors, three captures: an eighth of what three tenths of them can do.
         let headroom = |idle_percent, captures| headroom(idle_percent, 2, captures, Work::Send.page_cost());
-        assert_eq!(headroom(20, 3), 11_111);
-        assert_eq!(change(40_000, 10_000, 20, 11_111), 45_555);
-        assert_eq!(headroom(5, 3), 0);
+        assert_eq!(headroom(50, 3), 33_333);
+        assert_eq!(change(40_000, 10_000, 50, 33_333), 44_166);
+        assert_eq!(headroom(15, 3), 0);
         assert_eq!(headroom(100, 0), headroom(100, 1));
     }
 
@@ -252,7 +263,7 @@ mod tests {
 
     #[test]
     fn breaks_follow_the_work() {
-        let mut breaks = Breaks::new(2, 4);
+        let mut breaks = Breaks::new(Rests { idle: 0, usual: 2, busy: 4 });
         breaks.load.looked += Duration::from_secs(3600);
         breaks.since -= Duration::from_millis(5);
         let began = Instant::now();

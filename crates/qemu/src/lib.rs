@@ -15,6 +15,7 @@
 //! | [`disk`] | empty overlays and a bounded look at disk images | yes |
 //! | [`memory`] | main memory seen from outside: huge pages | yes |
 //! | [`userfault`] | pages that a guest writes to while it is captured, as they were before | yes |
+//! | [`time_stamp_counter`] | what emulated guests count time with | yes |
 //! | [`guest_agent`] | commands run inside the guest | yes |
 //!
 //! Guests are hostile, and so is everything that carries their bytes: the migration stream, guest agent replies and
@@ -31,6 +32,7 @@ pub mod process;
 pub mod qcow2;
 pub mod qmp;
 pub mod socket_path;
+pub mod time_stamp_counter;
 pub mod userfault;
 
 #[cfg(test)]

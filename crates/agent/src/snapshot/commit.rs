@@ -24,7 +24,7 @@ use crate::capture::Capture;
 use crate::dataplane::CutOutcome;
 use crate::hardware;
 use crate::operation::Operation;
-use crate::pace::Breaks;
+use crate::pace::{Breaks, Rests};
 use crate::priority::schedule_this_thread;
 use crate::problem::{io_error, store_error};
 use crate::record::{self, BootRecord, FormatRecord, Record};
@@ -32,10 +32,8 @@ use crate::slot::Slot;
 
 /// The niceness of storing: guests go first.
 const STORE_NICE: i32 = 10;
-/// How long storing rests, for the time it works.
-const STORE_REST: u32 = 1;
-/// The same when hardly any processor is idle.
-const BUSY_STORE_REST: u32 = 9;
+/// How long storing rests.
+const STORE_RESTS: Rests = Rests { idle: 0, usual: 1, busy: 9 };
 
 impl Attempt<'_> {
     /// Puts the frames in flight into the store and says how they add up.
@@ -304,7 +302,7 @@ impl Job<'_> {
         let _turn = self.turns.take();
         self.operation.check()?;
         let ram = File::open(&ram_path).map_err(|error| io_error(&ram_path, &error))?;
-        let mut breaks = self.beside_guests.then(|| Breaks::new(STORE_REST, BUSY_STORE_REST));
+        let mut breaks = self.beside_guests.then(|| Breaks::new(STORE_RESTS));
         let ram = self
             .writer
             .put_ram(&machine.name, &ram, spec.memory_bytes, &mut |done, total| {

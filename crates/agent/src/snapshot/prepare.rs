@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use diorama_api::{ApiError, CaptureMode, ErrorKind, MachineState};
 use diorama_qemu::command_line::{DiskFormat, DiskLayer, blockdev, format_node};
 use diorama_qemu::memory;
-use diorama_qemu::process::threads_of;
+use diorama_qemu::process::{Policy, threads_of};
 use diorama_qemu::qmp::{Client, Parts, QmpError};
 use serde_json::{Value, json};
 
@@ -17,11 +17,12 @@ use crate::Agent;
 use crate::capture::{Capture, CaptureError, Gating};
 use crate::dataplane::{Command, CutJob, CutMachine, Goal, Monitor, Resume, SegmentId, wait_until_read};
 use crate::disks::{new_layer, reconcile};
-use crate::haste::{CAPTURE_THREAD, Haste, Service};
+use crate::haste::{CAPTURE_THREAD, HURRIED, Haste, Service};
 use crate::keeper::Keeper;
 use crate::launch::{COMMAND_LIMIT, SocketPaths};
 use crate::memory::HostMemory;
-use crate::pace::Breaks;
+use crate::pace::{Breaks, Rests};
+use crate::priority::schedule_this_thread;
 use crate::problem::{cut_error, io_error, no_space, qmp_error, store_error};
 use crate::record::{DiskRecord, Record};
 use crate::slot::Slot;
@@ -38,10 +39,8 @@ const SETUP_LOCKED_SINCE: (u64, u64, u64) = (9, 0, 0);
 /// The first QEMU after whose live capture a machine is as it was before, standing in our case ("migration: preserve
 /// suspended for bg_migration"); before, it always ran.
 const LEFT_AS_FOUND_SINCE: (u64, u64, u64) = (8, 2, 50);
-/// How long putting memory into huge pages rests, for the time it works: meanwhile the machine's page faults wait.
-const COLLAPSE_REST: u32 = 3;
-/// The same when hardly any processor is idle.
-const BUSY_COLLAPSE_REST: u32 = 9;
+/// How long putting memory into huge pages rests. The thread is a real-time one, which is never to have a processor for itself.
+const COLLAPSE_RESTS: Rests = Rests { idle: 1, usual: 3, busy: 9 };
 /// How long it may take to read all memory once. Past this the pause is longer, and nothing worse.
 const READ_BOUND: Duration = Duration::from_secs(10);
 const READ_POLL: Duration = Duration::from_millis(1);
@@ -584,8 +583,12 @@ fn collapse(plan: &Plan) {
         tracing::debug!(machine = plan.name, "too little memory is free for huge pages");
         return;
     }
-    let mut breaks = Breaks::new(COLLAPSE_REST, BUSY_COLLAPSE_REST);
-    if let Err(error) = memory::collapse(plan.service.process, plan.memory_bytes, || breaks.take()) {
+    // Whoever waits for a processor with a huge page half done has the machine's page faults wait, too.
+    schedule_this_thread(HURRIED, "it has a guest's page faults wait");
+    let mut breaks = Breaks::new(COLLAPSE_RESTS);
+    let collapsed = memory::collapse(plan.service.process, plan.memory_bytes, || breaks.take());
+    schedule_this_thread(Policy::Normal { nice: 0 }, "preparing");
+    if let Err(error) = collapsed {
         tracing::debug!(machine = plan.name, %error, "memory stays in small pages");
     }
 }
