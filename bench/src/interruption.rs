@@ -1,9 +1,9 @@
 //! When the computer itself stood still: on one that is a virtual machine, whatever ran on it is late then, and no snapshot is to
 //! blame.
 //!
-//! A real-time thread, which goes before everything else (that takes root), sleeps two milliseconds at a time. When it wakes up late, no processor
-//! would have run anything: one of them would have run it. (Work within the kernel that cannot be interrupted looks the same; that is
-//! not known to take milliseconds.)
+//! A real-time thread, which goes before everything else (that takes root), sleeps two milliseconds at a time. When it wakes up late, the
+//! processor that was to wake it did not run; whether others did is not seen. (Work within the kernel that cannot be interrupted looks the
+//! same; that is not known to take milliseconds.)
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,7 +18,7 @@ const PRIORITY: libc::c_int = 50;
 /// It is an interruption when a look is so late.
 const LATE: Duration = Duration::from_millis(8);
 
-/// The computer stood still: until when, and for how long.
+/// A processor of the computer stood still: until when, and for how long.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Interruption {
     pub(crate) end: Instant,

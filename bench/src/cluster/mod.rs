@@ -73,7 +73,7 @@ struct Suffered {
     udp_duplicated: u64,
     udp_reordered: u64,
     bad_bytes: u64,
-    /// How often the computer stood still, and for how long in all; `None` where that cannot be seen.
+    /// How often a processor of the computer stood still, and for how long in all; `None` where that cannot be seen.
     interruptions: Option<Interrupted>,
 }
 
@@ -300,8 +300,13 @@ impl SentAgain {
         interruptions: &[Interruption],
     ) -> Vec<Self> {
         let mut found = Vec::new();
-        for (((machine, _), programs), started) in MACHINES.iter().zip(&after.reading.0).zip(&after.started) {
-            for uptime_ms in programs.iter().flat_map(|program| &program.retransmitted_ms) {
+        let readings = before.reading.0.iter().zip(&after.reading.0).zip(&after.started);
+        for ((machine, _), ((known, programs), started)) in MACHINES.iter().zip(readings) {
+            // What was read before has begun with what was known then.
+            let new = known.iter().zip(programs).flat_map(|(known, program)| {
+                program.retransmitted_ms.iter().skip(known.retransmitted_ms.len())
+            });
+            for uptime_ms in new {
                 let then = *started + Duration::from_millis(*uptime_ms);
                 // Its clock has stood still since then.
                 let since =
@@ -309,9 +314,6 @@ impl SentAgain {
                 let stood: Duration =
                     since.filter(|(name, _)| name == machine).map(|(_, pause)| *pause).sum();
                 let then = then - stood;
-                if then <= before.at {
-                    continue;
-                }
                 let number = snapshots.iter().rposition(|taken| taken.asked <= then);
                 let snapshot = number.map(|number| Since {
                     number,
@@ -324,9 +326,10 @@ impl SentAgain {
                 let interrupted = interruptions.iter().filter(|found| just_before(found.end));
                 found.push(Self {
                     machine,
-                    at_s: (then - before.at).as_secs_f64(),
+                    at_s: then.saturating_duration_since(before.at).as_secs_f64(),
                     snapshot,
-                    interrupted_ms: interrupted.map(|found| found.length.as_secs_f64() * 1e3).sum(),
+                    interrupted_ms: interrupted
+                        .fold(0.0, |sum, found| sum + found.length.as_secs_f64() * 1e3),
                 });
             }
         }
@@ -343,7 +346,7 @@ impl SentAgain {
         };
         let why = match interrupted_ms {
             0.0 => String::new(),
-            ms => format!("; the computer had just stood still for {ms:.0} ms"),
+            ms => format!("; a processor of the computer had just stood still for {ms:.0} ms"),
         };
         say(format!("cluster: {machine} sent a segment again {when}{why}"));
     }
@@ -409,7 +412,7 @@ fn text(findings: &Findings) -> String {
         suffered("seconds", |suffered| format!("{:.0}", suffered.seconds)),
         suffered("TCP bytes checked", |suffered| suffered.tcp_bytes.to_string()),
         suffered("TCP retransmissions", |suffered| suffered.tcp_retransmits.to_string()),
-        suffered("computer stood still, times (longest, ms)", |suffered| {
+        suffered("a processor stood still, times (longest, ms)", |suffered| {
             suffered
                 .interruptions
                 .map_or("not seen".to_owned(), |found| format!("{} ({:.0})", found.count, found.longest_ms))

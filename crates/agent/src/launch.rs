@@ -397,7 +397,7 @@ fn start(
         .collect();
     let nic_sockets: Vec<PathBuf> = nics.iter().map(|nic| nic.socket.clone()).collect();
     let saved = machine.from;
-    // Not what is stored: where the machine is restored, the frequency may be another. It counts from the next boot on.
+    // Not what is stored: where the machine is restored, the frequency may be another, and is read when it boots again.
     let command_line = |cmdline: String| match machine.hardware.accelerator {
         AcceleratorRecord::Kvm => cmdline,
         AcceleratorRecord::Tcg => time_stamp_counter::with_frequency(&cmdline),

@@ -34,8 +34,6 @@ const TAKEN_PART: u64 = 8;
 const LOOK_INTERVAL: Duration = Duration::from_micros(50);
 /// How far pages that were read early, since somebody waited for QEMU, may put off others.
 const LONGEST_DEBT: Duration = Duration::from_millis(10);
-/// The longest of the [`Breaks`].
-const LONGEST_BREAK: Duration = Duration::from_millis(20);
 
 /// How many live captures there are in this process: they share what is idle.
 static CAPTURES: AtomicU64 = AtomicU64::new(0);
@@ -118,8 +116,8 @@ fn headroom(idle_percent: u64, processors: u64, captures: u64, page_cost: Durati
 }
 
 /// The next rate. Faster by a small part of what is spare, since others may see the same processors idle, such as other agents on
-/// this computer, and take their part of it; slower by half, since guests are late already (as TCP shares a link that it knows nothing
-/// of: additive increase, multiplicative decrease).
+/// this computer, and take their part of it; slower by half, since guests are late already. (So TCP shares a link that it knows nothing of: up
+/// by little, and down by half.)
 fn change(rate: u64, least: u64, idle_percent: u64, headroom: u64) -> u64 {
     let rate = match idle_percent {
         MUCH_IDLE_PERCENT.. => rate + rate.min(headroom / TAKEN_PART),
@@ -137,6 +135,8 @@ pub(crate) struct Rests {
     pub(crate) usual: u32,
     /// When hardly any processor is idle.
     pub(crate) busy: u32,
+    /// The longest rest.
+    pub(crate) longest: Duration,
 }
 
 /// Breaks in a thread's work beside running guests: it rests after each piece.
@@ -160,14 +160,18 @@ impl Breaks {
     pub(crate) fn take(&mut self) {
         let now = Instant::now();
         self.idle_percent = self.load.idle_percent(now).unwrap_or(self.idle_percent);
-        let rest = match self.idle_percent {
+        std::thread::sleep(self.rest(now - self.since));
+        self.since = Instant::now();
+    }
+
+    /// After a piece that took so long.
+    fn rest(&self, took: Duration) -> Duration {
+        let times = match self.idle_percent {
             MUCH_IDLE_PERCENT.. => self.rests.idle,
             LITTLE_IDLE_PERCENT.. => self.rests.usual,
             _ => self.rests.busy,
         };
-        // A piece that took long had to wait for something itself.
-        std::thread::sleep(((now - self.since) * rest).min(LONGEST_BREAK));
-        self.since = Instant::now();
+        (took * times).min(self.rests.longest)
     }
 }
 
@@ -263,16 +267,19 @@ mod tests {
 
     #[test]
     fn breaks_follow_the_work() {
-        let mut breaks = Breaks::new(Rests { idle: 0, usual: 2, busy: 4 });
+        let ms = Duration::from_millis;
+        let mut breaks = Breaks::new(Rests { idle: 1, usual: 2, busy: 4, longest: ms(20) });
+        for (idle_percent, rest) in [(0, 12), (9, 12), (10, 6), (29, 6), (30, 3), (100, 3)] {
+            breaks.idle_percent = idle_percent;
+            assert_eq!(breaks.rest(ms(3)), ms(rest), "{idle_percent}");
+        }
+        // A piece that took long had to wait for something itself.
+        assert_eq!(breaks.rest(ms(3_600_000)), ms(20));
         breaks.load.looked += Duration::from_secs(3600);
-        breaks.since -= Duration::from_millis(5);
+        breaks.idle_percent = 0;
+        breaks.since -= ms(5);
         let began = Instant::now();
         breaks.take();
-        assert!(began.elapsed() >= Duration::from_millis(10));
-        assert!(breaks.since >= began + Duration::from_millis(10));
-        breaks.idle_percent = 50;
-        breaks.since -= Duration::from_secs(3600);
-        breaks.take();
-        assert!(breaks.since >= began, "no break: some processors are idle");
+        assert!(began.elapsed() >= ms(20) && breaks.since >= began + ms(20));
     }
 }

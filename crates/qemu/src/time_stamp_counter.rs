@@ -2,9 +2,10 @@
 //!
 //! QEMU's TCG hands guests the host's counter (`cpu_get_host_ticks` in include/qemu/timer.h). Linux measures its frequency while it
 //! boots, against timers that QEMU emulates, and when QEMU has to wait for a processor just then, the result is wrong: in 4 of 64 boots,
-//! eight at a time on two processors (QEMU 7.2, Linux 6.1), it was a sixth to an eleventh of what it is. The guest's clock then goes that many
-//! times too fast, for good where Linux is told to trust the counter. `tsc_early_khz` on its command line
-//! (Documentation/admin-guide/kernel-parameters.txt, Linux 5.13) tells it the frequency, and it is not measured: right in 64 of 64.
+//! eight at a time on two processors that six other machines used as well (QEMU 7.2, Linux 6.1), it was a sixth to an eleventh of what it is. The
+//! guest's clock then goes that many times too fast, for good where Linux is told to trust the counter. `tsc_early_khz` on its command line
+//! (Documentation/admin-guide/kernel-parameters.txt, Linux 5.13) tells it the frequency; it measures again later, and corrects that by one percent
+//! at the most (`tsc_refine_calibration_work` in arch/x86/kernel/tsc.c). Right in 64 of 64.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -18,17 +19,26 @@ const READINGS: usize = 16;
 /// The word that tells Linux never to compare the counter with other clocks.
 const TRUST: &str = "tsc=reliable";
 const FREQUENCY: &str = "tsc_early_khz=";
+/// What x86 Linux takes of a command line, in bytes (`COMMAND_LINE_SIZE`, less the end).
+const LONGEST: usize = 2047;
 
-/// The command line of an emulated Linux guest: one that is told to trust the counter is told its frequency, unless it
-/// says it already or the frequency is not known here.
+/// The command line of an emulated Linux guest: one that is told to trust the counter is told its frequency right after that, unless it
+/// says it already, the frequency is not known here, or there is no room.
 pub fn with_frequency(command_line: &str) -> String {
-    let mut words = command_line.split_ascii_whitespace();
-    let trusts = words.clone().any(|word| word == TRUST);
-    let knows = words.any(|word| word.starts_with(FREQUENCY));
-    match frequency_khz().filter(|_| trusts && !knows) {
-        Some(khz) => format!("{command_line} {FREQUENCY}{khz}"),
-        None => command_line.to_owned(),
-    }
+    told(command_line, frequency_khz())
+}
+
+fn told(command_line: &str, frequency_khz: Option<u64>) -> String {
+    let knows = command_line.split(' ').any(|word| word.starts_with(FREQUENCY));
+    let told = frequency_khz.filter(|_| !knows).map(|khz| {
+        let mut rest = Some(format!("{TRUST} {FREQUENCY}{khz}"));
+        let words = command_line.split(' ').map(|word| match word {
+            TRUST => rest.take().unwrap_or_else(|| word.to_owned()),
+            _ => word.to_owned(),
+        });
+        words.collect::<Vec<_>>().join(" ")
+    });
+    told.filter(|told| told.len() <= LONGEST).unwrap_or_else(|| command_line.to_owned())
 }
 
 /// In kHz; `None` on other processors than x86-64, and where the kernel says that it is not constant. The first call takes 20 ms.
@@ -79,14 +89,23 @@ mod tests {
 
     #[test]
     fn only_who_trusts_it_is_told_and_only_once() {
-        let told = with_frequency("quiet tsc=reliable panic=1");
-        match frequency_khz() {
-            Some(khz) => assert_eq!(told, format!("quiet tsc=reliable panic=1 tsc_early_khz={khz}")),
-            None => assert_eq!(told, "quiet tsc=reliable panic=1"),
+        let as_now = |line: &str| told(line, Some(2_596_117));
+        let line = as_now("quiet tsc=reliable panic=1 -- tsc=reliable");
+        assert_eq!(line, "quiet tsc=reliable tsc_early_khz=2596117 panic=1 -- tsc=reliable");
+        for as_it_was in ["", "quiet  x", "notsc=reliable", "tsc=reliable tsc_early_khz=1000000", &line] {
+            assert_eq!(as_now(as_it_was), as_it_was);
         }
-        for as_it_was in ["", "quiet", "notsc=reliable", "tsc=reliable tsc_early_khz=1000000", &told] {
-            assert_eq!(with_frequency(as_it_was), as_it_was);
-        }
+        assert_eq!(told("tsc=reliable", None), "tsc=reliable");
+    }
+
+    #[test]
+    fn nothing_is_pushed_out_of_a_line_that_is_full() {
+        let line = |spare: usize| {
+            format!("tsc=reliable x={}", "y".repeat(LONGEST - "tsc=reliable x=".len() - spare))
+        };
+        let word = " tsc_early_khz=2596117".len();
+        assert_eq!(told(&line(word), Some(2_596_117)).len(), LONGEST);
+        assert_eq!(told(&line(word - 1), Some(2_596_117)), line(word - 1));
     }
 
     #[test]

@@ -197,7 +197,8 @@ impl Clock {
         let text =
             std::fs::read_to_string("/proc/uptime").map_err(|e| Failure::Io("read /proc/uptime", e))?;
         let seconds = text.split(' ').next().and_then(|seconds| seconds.parse().ok());
-        let base = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).unwrap_or_default();
+        let base = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        let base = base.ok_or_else(|| Failure::Check(format!("/proc/uptime: {text}")))?;
         Ok(Self { base, started: Instant::now() })
     }
 

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::time::Duration;
 
 use diorama_api::{ApiError, CaptureMode, ErrorKind, InFlightPolicy, MachineState};
 use diorama_cut::loopback::Event;
@@ -32,8 +33,8 @@ use crate::slot::Slot;
 
 /// The niceness of storing: guests go first.
 const STORE_NICE: i32 = 10;
-/// How long storing rests.
-const STORE_RESTS: Rests = Rests { idle: 0, usual: 1, busy: 9 };
+/// How long storing rests. A piece that took long had to wait for something itself.
+const STORE_RESTS: Rests = Rests { idle: 0, usual: 1, busy: 9, longest: Duration::from_millis(20) };
 
 impl Attempt<'_> {
     /// Puts the frames in flight into the store and says how they add up.

@@ -40,7 +40,7 @@ const SETUP_LOCKED_SINCE: (u64, u64, u64) = (9, 0, 0);
 /// suspended for bg_migration"); before, it always ran.
 const LEFT_AS_FOUND_SINCE: (u64, u64, u64) = (8, 2, 50);
 /// How long putting memory into huge pages rests. The thread is a real-time one, which is never to have a processor for itself.
-const COLLAPSE_RESTS: Rests = Rests { idle: 1, usual: 3, busy: 9 };
+const COLLAPSE_RESTS: Rests = Rests { idle: 1, usual: 3, busy: 9, longest: Duration::from_millis(200) };
 /// How long it may take to read all memory once. Past this the pause is longer, and nothing worse.
 const READ_BOUND: Duration = Duration::from_secs(10);
 const READ_POLL: Duration = Duration::from_millis(1);

@@ -67,6 +67,27 @@ fn three_machines_on_two_networks() {
     lab.finish();
 }
 
+/// It need not find that out while it boots: on a busy computer Linux would measure a sixth of it now and then, and its clock go
+/// six times too fast.
+#[test]
+fn an_emulated_machine_is_told_how_fast_its_clock_is() {
+    let lab = Lab::new();
+    lab.up(SOLO);
+    let cmdline = lab.shell("solo", "box", "cat /proc/cmdline");
+    let told: Vec<&str> =
+        cmdline.split_whitespace().filter_map(|word| word.strip_prefix("tsc_early_khz=")).collect();
+    let processors = std::fs::read_to_string("/proc/cpuinfo").expect("readable");
+    let constant = ["constant_tsc", "nonstop_tsc"].iter().all(|flag| processors.contains(flag));
+    let emulated = lab.status("solo")["machines"][0]["accelerator"] == "tcg";
+    assert_eq!(told.len(), usize::from(emulated && constant), "{cmdline}");
+    for khz in told {
+        let (mhz, rest) = khz.split_at(khz.len() - 3);
+        let log = lab.shell("solo", "box", "dmesg");
+        assert!(log.contains(&format!("tsc: Detected {mhz}.{rest} MHz")), "{khz} and {log}");
+    }
+    lab.finish();
+}
+
 const SOLO: &str = "\
 name: solo
 machines:
