@@ -5,9 +5,8 @@
 //! processor that was to wake it did not run; whether others did is not seen. (Work within the kernel that cannot be interrupted looks the
 //! same; that is not known to take milliseconds.)
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -27,47 +26,35 @@ pub(crate) struct Interruption {
 
 /// Looks for them until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Interruptions {
-    found: Arc<Mutex<Vec<Interruption>>>,
-    ended: Arc<AtomicBool>,
-    watching: Option<JoinHandle<()>>,
-}
+pub(crate) struct Interruptions(Arc<Mutex<Vec<Interruption>>>);
 
 impl Interruptions {
     /// `None` where a thread may not be real-time: an ordinary one is late for other reasons.
     pub(crate) fn watch() -> Option<Self> {
         let found = Arc::<Mutex<Vec<Interruption>>>::default();
-        let ended = Arc::new(AtomicBool::new(false));
-        let (ready, is_ready) = std::sync::mpsc::channel();
-        let watching = std::thread::spawn({
-            let (found, ended) = (found.clone(), ended.clone());
-            move || {
-                let first = go_first();
-                if ready.send(first).is_err() || !first {
-                    return;
-                }
-                while !ended.load(Ordering::Relaxed) {
-                    let due = Instant::now() + LOOK;
-                    std::thread::sleep(LOOK);
-                    let end = Instant::now();
-                    let length = end.saturating_duration_since(due);
-                    if length >= LATE {
-                        found
-                            .lock()
-                            .unwrap_or_else(PoisonError::into_inner)
-                            .push(Interruption { end, length });
-                    }
+        let noted = Arc::downgrade(&found);
+        let (ready, is_ready) = mpsc::channel();
+        std::thread::spawn(move || {
+            let first = go_first();
+            if ready.send(first).is_err() || !first {
+                return;
+            }
+            while let Some(noted) = noted.upgrade() {
+                let due = Instant::now() + LOOK;
+                std::thread::sleep(LOOK);
+                let end = Instant::now();
+                let length = end.saturating_duration_since(due);
+                if length >= LATE {
+                    noted.lock().unwrap_or_else(PoisonError::into_inner).push(Interruption { end, length });
                 }
             }
         });
-        let watches = is_ready.recv().unwrap_or(false);
-        let this = Self { found, ended, watching: Some(watching) };
-        watches.then_some(this)
+        is_ready.recv().unwrap_or(false).then_some(Self(found))
     }
 
     /// All until now.
     pub(crate) fn found(&self) -> Vec<Interruption> {
-        self.found.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -76,14 +63,4 @@ fn go_first() -> bool {
     let parameters = libc::sched_param { sched_priority: PRIORITY };
     // SAFETY: `parameters` is valid for the call, which only reads it; 0 is the calling thread.
     Errno::result(unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameters) }).is_ok()
-}
-
-impl Drop for Interruptions {
-    fn drop(&mut self) {
-        self.ended.store(true, Ordering::Relaxed);
-        if let Some(watching) = self.watching.take() {
-            // It does not panic.
-            let _ = watching.join();
-        }
-    }
 }

@@ -216,9 +216,9 @@ fn start_traffic(lab: &Lab, arguments: &Arguments) -> Result<(), Failure> {
     let end = Instant::now() + READY;
     while Instant::now() < end {
         // Not there yet is no failure.
-        if let Ok(looked) = Looked::take(lab)
-            && looked.reading.sum("udp-recv", |program| program.received) > 0
-            && looked.reading.of_kind("tcp-serve").filter(|program| program.bytes > 0).count() == PAIRS.len()
+        if let Ok(reading) = Reading::take(lab, ENVIRONMENT, MACHINES.map(|(machine, _)| machine))
+            && reading.sum("udp-recv", |program| program.received) > 0
+            && reading.of_kind("tcp-serve").filter(|program| program.bytes > 0).count() == PAIRS.len()
         {
             return lab::sleep(Duration::from_secs(3));
         }
@@ -291,6 +291,32 @@ struct Since {
     durable_s: f64,
 }
 
+impl Since {
+    /// The last that had been asked for by then.
+    fn the_last(then: Instant, snapshots: &[Taken]) -> Option<Self> {
+        let (number, taken) = snapshots.iter().enumerate().rfind(|(_, taken)| taken.asked <= then)?;
+        Some(Self {
+            number,
+            asked_s: (then - taken.asked).as_secs_f64(),
+            durable_s: (taken.durable - taken.asked).as_secs_f64(),
+        })
+    }
+}
+
+/// For how long the machine, and so its clock, has stood still in snapshots since then.
+fn stood_still_since(then: Instant, machine: &str, snapshots: &[Taken]) -> Duration {
+    let pauses = snapshots.iter().filter(|taken| taken.asked > then).flat_map(|taken| &taken.pauses);
+    pauses.filter(|(name, _)| name == machine).map(|(_, pause)| *pause).sum()
+}
+
+/// For how long the computer stood still just before.
+fn interrupted_before(then: Instant, interruptions: &[Interruption]) -> Duration {
+    let just_before = |found: &&Interruption| {
+        then + CLOCK_ERROR >= found.end && then.saturating_duration_since(found.end) <= AFTER_INTERRUPTION
+    };
+    interruptions.iter().filter(just_before).map(|found| found.length).sum()
+}
+
 impl SentAgain {
     /// All between two readings.
     fn between(
@@ -308,28 +334,12 @@ impl SentAgain {
             });
             for uptime_ms in new {
                 let then = *started + Duration::from_millis(*uptime_ms);
-                // Its clock has stood still since then.
-                let since =
-                    snapshots.iter().filter(|taken| taken.asked > then).flat_map(|taken| &taken.pauses);
-                let stood: Duration =
-                    since.filter(|(name, _)| name == machine).map(|(_, pause)| *pause).sum();
-                let then = then - stood;
-                let number = snapshots.iter().rposition(|taken| taken.asked <= then);
-                let snapshot = number.map(|number| Since {
-                    number,
-                    asked_s: (then - snapshots[number].asked).as_secs_f64(),
-                    durable_s: (snapshots[number].durable - snapshots[number].asked).as_secs_f64(),
-                });
-                let just_before = |end: Instant| {
-                    then + CLOCK_ERROR >= end && then.saturating_duration_since(end) <= AFTER_INTERRUPTION
-                };
-                let interrupted = interruptions.iter().filter(|found| just_before(found.end));
+                let then = then - stood_still_since(then, machine, snapshots);
                 found.push(Self {
                     machine,
                     at_s: then.saturating_duration_since(before.at).as_secs_f64(),
-                    snapshot,
-                    interrupted_ms: interrupted
-                        .fold(0.0, |sum, found| sum + found.length.as_secs_f64() * 1e3),
+                    snapshot: Since::the_last(then, snapshots),
+                    interrupted_ms: interrupted_before(then, interruptions).as_secs_f64() * 1e3,
                 });
             }
         }

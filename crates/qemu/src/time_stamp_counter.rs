@@ -12,8 +12,8 @@ use std::time::Duration;
 #[cfg(target_arch = "x86_64")]
 use std::time::Instant;
 
-/// For how long it is counted: an error of 0.1 µs in each reading is one of 10 parts in a million.
-const MEASURED: Duration = Duration::from_millis(20);
+/// For how long it is counted, which the first machine waits for: errors of 0.1 µs in both readings are 40 parts in a million.
+const MEASURED: Duration = Duration::from_millis(5);
 /// How often the counter and the clock are read at each end: the two readings that are closest to each other count.
 const READINGS: usize = 16;
 /// The word that tells Linux never to compare the counter with other clocks.
@@ -29,20 +29,20 @@ pub fn with_frequency(command_line: &str) -> String {
 }
 
 fn told(command_line: &str, frequency_khz: Option<u64>) -> String {
-    let knows = command_line.split(' ').any(|word| word.starts_with(FREQUENCY));
-    let told = frequency_khz.filter(|_| !knows).map(|khz| {
-        let mut rest = Some(format!("{TRUST} {FREQUENCY}{khz}"));
-        let words = command_line.split(' ').map(|word| match word {
-            TRUST => rest.take().unwrap_or_else(|| word.to_owned()),
-            _ => word.to_owned(),
-        });
-        words.collect::<Vec<_>>().join(" ")
-    });
-    told.filter(|told| told.len() <= LONGEST).unwrap_or_else(|| command_line.to_owned())
+    let mut words: Vec<&str> = command_line.split(' ').collect();
+    let trust = words.iter().position(|word| *word == TRUST);
+    let knows = words.iter().any(|word| word.starts_with(FREQUENCY));
+    let frequency = frequency_khz.map(|khz| format!("{FREQUENCY}{khz}"));
+    if let (Some(trust), Some(frequency), false) = (trust, &frequency, knows)
+        && command_line.len() + " ".len() + frequency.len() <= LONGEST
+    {
+        words.insert(trust + 1, frequency);
+    }
+    words.join(" ")
 }
 
-/// In kHz; `None` on other processors than x86-64, and where the kernel says that it is not constant. The first call takes 20 ms.
-pub fn frequency_khz() -> Option<u64> {
+/// In kHz; `None` on other processors than x86-64, and where the kernel says that it is not constant. The first call takes 5 ms.
+fn frequency_khz() -> Option<u64> {
     static FREQUENCY_KHZ: OnceLock<Option<u64>> = OnceLock::new();
     *FREQUENCY_KHZ.get_or_init(|| {
         let processors = std::fs::read_to_string("/proc/cpuinfo").ok()?;
