@@ -2,10 +2,10 @@
 //!
 //! Six machines, two on each of three hosts ([`hosts`]); a TCP session and a numbered UDP stream in each of three pairs, all of
 //! them across tunnels. Cuts, and then as long without any: what was sent again or lost more often with cuts than without is
-//! put down to them, and when each was sent is told. Each snapshot is removed, and then everything is left alone for a while:
-//! that frees the memory that is cached of it, and a computer that is a virtual machine may give free memory back (free page
-//! reporting), and stand still for that, two seconds later. All hosts share this computer's clock, so the skew is true; they also share its processors, which real
-//! hosts do not.
+//! put down to them, and when each was sent is told. Each snapshot is removed a while after it was durable, and then everything is left
+//! alone: a removal frees the memory that is cached of it, and a computer that is a virtual machine may give free memory back (free page
+//! reporting), and stand still for that, two seconds later. What is sent again then is told apart. All hosts share this computer's clock, so the
+//! skew is true; they also share its processors, which real hosts do not.
 
 pub(crate) mod hosts;
 
@@ -39,8 +39,10 @@ const AFTER_INTERRUPTION: Duration = Duration::from_millis(100);
 const STATUS_MS: u32 = 500;
 /// How wrong times by a guest's clock may be: as long as it takes to ask for it.
 const CLOCK_ERROR: Duration = Duration::from_millis(50);
-/// How long guests are left alone after they were asked, and after a snapshot was removed.
+/// How long guests are left alone after they were asked, and after a snapshot was durable.
 const SETTLE: Duration = Duration::from_secs(4);
+/// How long after a snapshot was removed.
+const SETTLE_REMOVED: Duration = Duration::from_secs(6);
 
 /// Its arguments.
 #[derive(Debug, Clone, Args)]
@@ -147,14 +149,13 @@ fn measure(hosts: &Hosts, count: u32, arguments: &Arguments, memory_mib: u64) ->
         let asked = Instant::now();
         let report: SnapshotReport =
             lab.run(&["-e", ENVIRONMENT, "snapshot", "create", "--capture", "live"])?;
-        let pause = |machine: &MachineReport| (machine.name.clone(), Duration::from_micros(machine.pause_us));
-        snapshots.push(Taken {
-            asked,
-            durable: Instant::now(),
-            pauses: report.machines.iter().map(pause).collect(),
-        });
-        remove(lab, ENVIRONMENT, &report.id)?;
+        let durable = Instant::now();
         lab::sleep(SETTLE)?;
+        let pause = |machine: &MachineReport| (machine.name.clone(), Duration::from_micros(machine.pause_us));
+        let pauses = report.machines.iter().map(pause).collect();
+        snapshots.push(Taken { asked, durable, removed: Instant::now(), pauses });
+        remove(lab, ENVIRONMENT, &report.id)?;
+        lab::sleep(SETTLE_REMOVED)?;
         skews.push(report.cut.skew_us as f64);
         creates.push(report.create_ms as f64);
         in_flight += report.frames.in_flight;
@@ -259,11 +260,12 @@ impl Looked {
     }
 }
 
-/// A snapshot was asked for, and durable.
+/// When a snapshot was asked for, and durable, and its removal asked for.
 #[derive(Debug)]
 struct Taken {
     asked: Instant,
     durable: Instant,
+    removed: Instant,
     /// How long each machine stood still in it, and so did its clock.
     pauses: Vec<(String, Duration)>,
 }
@@ -289,6 +291,8 @@ struct Since {
     asked_s: f64,
     /// Seconds from then until it was durable.
     durable_s: f64,
+    /// Whether its removal had been asked for.
+    removed: bool,
 }
 
 impl Since {
@@ -299,6 +303,7 @@ impl Since {
             number,
             asked_s: (then - taken.asked).as_secs_f64(),
             durable_s: (taken.durable - taken.asked).as_secs_f64(),
+            removed: then > taken.removed + CLOCK_ERROR,
         })
     }
 }
@@ -346,12 +351,17 @@ impl SentAgain {
         found
     }
 
+    fn is_after_removal(&self) -> bool {
+        self.snapshot.as_ref().is_some_and(|since| since.removed)
+    }
+
     fn say(&self) {
         let Self { machine, at_s, snapshot, interrupted_ms } = self;
         let when = match snapshot {
             None => format!("{at_s:.2} s after programs were asked, without a snapshot"),
-            Some(Since { number, asked_s, durable_s }) => format!(
-                "{asked_s:.2} s after snapshot {number} was asked for, which was durable after {durable_s:.2} s"
+            Some(Since { number, asked_s, durable_s, removed }) => format!(
+                "{asked_s:.2} s after snapshot {number} was asked for, which was durable after {durable_s:.2} s{}",
+                if *removed { " and is removed" } else { "" },
             ),
         };
         let why = match interrupted_ms {
@@ -422,6 +432,11 @@ fn text(findings: &Findings) -> String {
         suffered("seconds", |suffered| format!("{:.0}", suffered.seconds)),
         suffered("TCP bytes checked", |suffered| suffered.tcp_bytes.to_string()),
         suffered("TCP retransmissions", |suffered| suffered.tcp_retransmits.to_string()),
+        vec![
+            "of these after a snapshot was removed, until the next".to_owned(),
+            findings.sent_again.iter().filter(|sent| sent.is_after_removal()).count().to_string(),
+            String::new(),
+        ],
         suffered("a processor stood still, times (longest, ms)", |suffered| {
             suffered
                 .interruptions

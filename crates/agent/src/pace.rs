@@ -30,6 +30,8 @@ const SPARED_PERCENT: u64 = 20;
 const LITTLE_IDLE_PERCENT: u64 = 10;
 /// What part of the rest is taken at a time.
 const TAKEN_PART: u64 = 8;
+/// What part of a processor other work beside guests takes at the least.
+const LEAST_SHARE_PERCENT: u64 = 10;
 /// The shortest time between two looks: a reader that is woken for every page costs more than the page does.
 const LOOK_INTERVAL: Duration = Duration::from_micros(50);
 /// How far pages that were read early, since somebody waited for QEMU, may put off others.
@@ -127,22 +129,32 @@ fn change(rate: u64, least: u64, idle_percent: u64, headroom: u64) -> u64 {
     rate.clamp(least, MOST_RATE)
 }
 
-/// For how many times as long as a piece of work took, its thread rests after it.
+/// How much of a processor each of the threads takes that work beside running guests, one for every two processors.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Rests {
-    /// When much of the processors is idle.
-    pub(crate) idle: u32,
-    pub(crate) usual: u32,
-    /// When hardly any processor is idle.
-    pub(crate) busy: u32,
-    /// The longest rest.
-    pub(crate) longest: Duration,
+pub(crate) struct Share {
+    /// So many quarters of that part of it that is idle, of all processors: with one quarter, the threads take an eighth of what is
+    /// idle, and with eight all of it, as others leave it.
+    pub(crate) idle_quarters: u64,
+    /// The longest rest after a piece of work.
+    pub(crate) longest_rest: Duration,
+}
+
+impl Share {
+    fn percent(self, idle_percent: u64) -> u32 {
+        (idle_percent * self.idle_quarters / 4).clamp(LEAST_SHARE_PERCENT, 100) as u32
+    }
+
+    /// How long the thread rests after a piece that took so long.
+    fn rest(self, took: Duration, idle_percent: u64) -> Duration {
+        let percent = self.percent(idle_percent);
+        (took * (100 - percent) / percent).min(self.longest_rest)
+    }
 }
 
 /// Breaks in a thread's work beside running guests: it rests after each piece.
 #[derive(Debug)]
 pub(crate) struct Breaks {
-    rests: Rests,
+    share: Share,
     /// When it went on after the last.
     since: Instant,
     idle_percent: u64,
@@ -150,28 +162,18 @@ pub(crate) struct Breaks {
 }
 
 impl Breaks {
-    /// The work begins.
-    pub(crate) fn new(rests: Rests) -> Self {
+    /// The work begins; as if nothing were idle, until that is known.
+    pub(crate) fn new(share: Share) -> Self {
         let now = Instant::now();
-        Self { rests, since: now, idle_percent: 0, load: Load::new(now) }
+        Self { share, since: now, idle_percent: 0, load: Load::new(now) }
     }
 
     /// A short piece of it is done.
     pub(crate) fn take(&mut self) {
         let now = Instant::now();
         self.idle_percent = self.load.idle_percent(now).unwrap_or(self.idle_percent);
-        std::thread::sleep(self.rest(now - self.since));
+        std::thread::sleep(self.share.rest(now - self.since, self.idle_percent));
         self.since = Instant::now();
-    }
-
-    /// After a piece that took so long.
-    fn rest(&self, took: Duration) -> Duration {
-        let times = match self.idle_percent {
-            MUCH_IDLE_PERCENT.. => self.rests.idle,
-            LITTLE_IDLE_PERCENT.. => self.rests.usual,
-            _ => self.rests.busy,
-        };
-        (took * times).min(self.rests.longest)
     }
 }
 
@@ -268,18 +270,20 @@ mod tests {
     #[test]
     fn breaks_follow_the_work() {
         let ms = Duration::from_millis;
-        let mut breaks = Breaks::new(Rests { idle: 1, usual: 2, busy: 4, longest: ms(20) });
-        for (idle_percent, rest) in [(0, 12), (9, 12), (10, 6), (29, 6), (30, 3), (100, 3)] {
-            breaks.idle_percent = idle_percent;
-            assert_eq!(breaks.rest(ms(3)), ms(rest), "{idle_percent}");
+        let mut share = Share { idle_quarters: 1, longest_rest: ms(30) };
+        for (idle_percent, rest) in [(0, 27), (40, 27), (60, 17), (80, 12), (100, 9)] {
+            assert_eq!(share.rest(ms(3), idle_percent), ms(rest), "{idle_percent}");
         }
         // A piece that took long had to wait for something itself.
-        assert_eq!(breaks.rest(ms(3_600_000)), ms(20));
-        breaks.load.looked += Duration::from_secs(3600);
-        breaks.idle_percent = 0;
+        assert_eq!(share.rest(ms(3_600_000), 100), ms(30));
+        share.idle_quarters = 8;
+        for (idle_percent, rest) in [(0, 27), (5, 27), (10, 12), (25, 3), (50, 0), (100, 0)] {
+            assert_eq!(share.rest(ms(3), idle_percent), ms(rest), "{idle_percent}");
+        }
+        let mut breaks = Breaks::new(share);
         breaks.since -= ms(5);
         let began = Instant::now();
         breaks.take();
-        assert!(began.elapsed() >= ms(20) && breaks.since >= began + ms(20));
+        assert!(began.elapsed() >= ms(30) && breaks.since >= began + ms(30));
     }
 }

@@ -25,7 +25,7 @@ use crate::capture::Capture;
 use crate::dataplane::CutOutcome;
 use crate::hardware;
 use crate::operation::Operation;
-use crate::pace::{Breaks, Rests};
+use crate::pace::{Breaks, Share};
 use crate::priority::schedule_this_thread;
 use crate::problem::{io_error, store_error};
 use crate::record::{self, BootRecord, FormatRecord, Record};
@@ -33,8 +33,8 @@ use crate::slot::Slot;
 
 /// The niceness of storing: guests go first.
 const STORE_NICE: i32 = 10;
-/// How long storing rests. A piece that took long had to wait for something itself.
-const STORE_RESTS: Rests = Rests { idle: 0, usual: 1, busy: 9, longest: Duration::from_millis(20) };
+/// What storing takes. A piece that took long had to wait for something itself.
+const STORE_SHARE: Share = Share { idle_quarters: 8, longest_rest: Duration::from_millis(20) };
 
 impl Attempt<'_> {
     /// Puts the frames in flight into the store and says how they add up.
@@ -303,7 +303,7 @@ impl Job<'_> {
         let _turn = self.turns.take();
         self.operation.check()?;
         let ram = File::open(&ram_path).map_err(|error| io_error(&ram_path, &error))?;
-        let mut breaks = self.beside_guests.then(|| Breaks::new(STORE_RESTS));
+        let mut breaks = self.beside_guests.then(|| Breaks::new(STORE_SHARE));
         let ram = self
             .writer
             .put_ram(&machine.name, &ram, spec.memory_bytes, &mut |done, total| {

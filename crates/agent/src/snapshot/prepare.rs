@@ -21,7 +21,7 @@ use crate::haste::{CAPTURE_THREAD, HURRIED, Haste, Service};
 use crate::keeper::Keeper;
 use crate::launch::{COMMAND_LIMIT, SocketPaths};
 use crate::memory::HostMemory;
-use crate::pace::{Breaks, Rests};
+use crate::pace::{Breaks, Share};
 use crate::priority::schedule_this_thread;
 use crate::problem::{cut_error, io_error, no_space, qmp_error, store_error};
 use crate::record::{DiskRecord, Record};
@@ -39,8 +39,8 @@ const SETUP_LOCKED_SINCE: (u64, u64, u64) = (9, 0, 0);
 /// The first QEMU after whose live capture a machine is as it was before, standing in our case ("migration: preserve
 /// suspended for bg_migration"); before, it always ran.
 const LEFT_AS_FOUND_SINCE: (u64, u64, u64) = (8, 2, 50);
-/// How long putting memory into huge pages rests. The thread is a real-time one, which is never to have a processor for itself.
-const COLLAPSE_RESTS: Rests = Rests { idle: 1, usual: 3, busy: 9, longest: Duration::from_millis(200) };
+/// What putting memory into huge pages takes. These threads are real-time ones, which guests wait for.
+const COLLAPSE_SHARE: Share = Share { idle_quarters: 1, longest_rest: Duration::from_millis(200) };
 /// How long it may take to read all memory once. Past this the pause is longer, and nothing worse.
 const READ_BOUND: Duration = Duration::from_secs(10);
 const READ_POLL: Duration = Duration::from_millis(1);
@@ -585,7 +585,7 @@ fn collapse(plan: &Plan) {
     }
     // Whoever waits for a processor with a huge page half done has the machine's page faults wait, too.
     schedule_this_thread(HURRIED, "it has a guest's page faults wait");
-    let mut breaks = Breaks::new(COLLAPSE_RESTS);
+    let mut breaks = Breaks::new(COLLAPSE_SHARE);
     let collapsed = memory::collapse(plan.service.process, plan.memory_bytes, || breaks.take());
     schedule_this_thread(Policy::Normal { nice: 0 }, "preparing");
     if let Err(error) = collapsed {
