@@ -13,6 +13,7 @@ use crate::dataplane::PLANE_POLICY;
 use crate::hardware;
 use crate::images;
 use crate::problem::store_error;
+use crate::processors;
 use crate::ram_cache::{Room, free_bytes, is_in_memory};
 use crate::store_location;
 
@@ -40,6 +41,7 @@ pub fn doctor() -> DoctorReport {
         checks.push(check("live capture", status, found, hint));
     }
     checks.push(priority());
+    checks.push(processors());
     match Folders::from_process() {
         Ok(folders) => {
             checks.push(memory(&folders));
@@ -175,6 +177,24 @@ fn may_collapse() -> bool {
     effective
         .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
         .is_some_and(|mask| mask >> CAP_SYS_NICE & 1 == 1)
+}
+
+fn processors() -> DoctorCheck {
+    let count = processors::count();
+    match processors::quota_percent() {
+        None => ok("processors", format!("{count}, as much of them as there is")),
+        Some(quota) => check(
+            "processors",
+            CheckStatus::Warning,
+            format!(
+                "a control group lets everything here have {}.{:02} of them: once that is used up, all machines stand still for up \
+                 to a tenth of a second",
+                quota / 100,
+                quota % 100,
+            ),
+            Some("give whole processors (a cpuset), or leave a good part of the quota unused".to_owned()),
+        ),
+    }
 }
 
 fn memory(folders: &Folders) -> DoctorCheck {

@@ -14,6 +14,7 @@
 //! | `takeover` | machines that outlived the agent before |
 //! | `keeper` | live captures whose agent has died |
 //! | `pace`, `haste`, `processors` | how snapshots and guests share the processors |
+//! | `memory`, `control_group` | what of the computer may be used |
 //! | `ram_cache` | snapshots' memory, ready to be mapped |
 //! | `transfer`, `extract`, `diff` | snapshots as files, in other stores, compared |
 //! | `guest` | commands and consoles inside machines |
@@ -26,6 +27,7 @@
 
 mod capture;
 mod cluster;
+mod control_group;
 mod dataplane;
 mod diff;
 mod disks;

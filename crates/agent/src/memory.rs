@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use crate::control_group::ControlGroups;
+
 /// In bytes, as the kernel estimates it, within the limits of the control groups that this process is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct HostMemory {
@@ -14,12 +16,11 @@ impl HostMemory {
     /// How it is now; `None` where the kernel does not say.
     pub(crate) fn now() -> Option<Self> {
         let whole = parse_meminfo(&std::fs::read_to_string("/proc/meminfo").ok()?)?;
-        let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        Some(groups_of(&groups).filter_map(Self::of_group).fold(whole, Self::within))
+        let groups = ControlGroups::of_this_process().unified();
+        Some(groups.iter().filter_map(|folder| Self::of_group(folder)).fold(whole, Self::within))
     }
 
-    fn of_group(group: &str) -> Option<Self> {
-        let folder = Path::new("/sys/fs/cgroup").join(group);
+    fn of_group(folder: &Path) -> Option<Self> {
         let read = |name: &str| std::fs::read_to_string(folder.join(name)).ok();
         parse_group(&read("memory.max")?, &read("memory.current")?, &read("memory.stat")?)
     }
@@ -36,17 +37,6 @@ fn parse_meminfo(text: &str) -> Option<HostMemory> {
         rest.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
     };
     Some(HostMemory { total: field("MemTotal")?, available: field("MemAvailable")? })
-}
-
-/// The control group (version 2; cgroups(7)) of a process and those around it, from `/proc/PID/cgroup`, relative to where
-/// they are mounted.
-fn groups_of(text: &str) -> impl Iterator<Item = &str> {
-    let group = text.lines().find_map(|line| line.strip_prefix("0::/"));
-    group.into_iter().flat_map(|group| {
-        let ends = group.char_indices().filter(|(_, letter)| *letter == '/').map(|(at, _)| at);
-        // The root has no limits.
-        ends.chain((!group.is_empty()).then_some(group.len())).map(|end| &group[..end])
-    })
 }
 
 /// A group's files, as the kernel's documentation of control groups describes them; `None`: without a limit.
@@ -76,12 +66,6 @@ mod tests {
 
     #[test]
     fn a_group_limits_it() {
-        let groups = |text| groups_of(text).collect::<Vec<_>>();
-        assert_eq!(
-            groups("1:cpu:/x\n0::/system.slice/docker.service/x\n"),
-            ["system.slice", "system.slice/docker.service", "system.slice/docker.service/x"]
-        );
-        assert!(groups("0::/\n").is_empty() && groups("").is_empty());
         let limited = parse_group("1000\n", "700\n", "anon 400\ninactive_file 200\n").expect("a limit");
         assert_eq!(limited, HostMemory { total: 1000, available: 500 });
         assert_eq!(parse_group("max\n", "700\n", "inactive_file 200\n"), None);

@@ -196,7 +196,7 @@ impl Load {
         }
         self.looked = now;
         let before = std::mem::replace(&mut self.processors, Processors::now());
-        Some(self.processors?.idle_percent_since(before?))
+        Some(self.processors.as_ref()?.idle_percent_since(&before?))
     }
 }
 
