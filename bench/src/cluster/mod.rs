@@ -152,8 +152,12 @@ fn measure(hosts: &Hosts, count: u32, arguments: &Arguments, memory_mib: u64) ->
         let durable = Instant::now();
         lab::sleep(SETTLE)?;
         let pause = |machine: &MachineReport| (machine.name.clone(), Duration::from_micros(machine.pause_us));
-        let pauses = report.machines.iter().map(pause).collect();
-        snapshots.push(Taken { asked, durable, removed: Instant::now(), pauses });
+        snapshots.push(Taken {
+            asked,
+            durable,
+            removed: Instant::now(),
+            pauses: report.machines.iter().map(pause).collect(),
+        });
         remove(lab, ENVIRONMENT, &report.id)?;
         lab::sleep(SETTLE_REMOVED)?;
         skews.push(report.cut.skew_us as f64);

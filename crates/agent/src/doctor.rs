@@ -182,7 +182,7 @@ fn may_collapse() -> bool {
 fn processors() -> DoctorCheck {
     let count = processors::count();
     match processors::quota_percent() {
-        None => ok("processors", format!("{count}, as much of them as there is")),
+        None => ok("processors", format!("{count}, without a quota")),
         Some(quota) => check(
             "processors",
             CheckStatus::Warning,
