@@ -8,13 +8,12 @@
 //! from each other), and the data plane already while machines are prepared, which its own session does. The
 //! [pace](crate::pace) keeps what captures take of the processors within bounds.
 
-use diorama_qemu::process::{Policy, ProcessId, thread_name, threads_of};
+use diorama_qemu::migration::CAPTURE_THREAD;
+use diorama_qemu::process::{Policy, ProcessId, threads_named, threads_of};
 
 use crate::dataplane::DataPlane;
 use crate::priority::schedule_threads;
 
-/// What QEMU calls the thread of a live capture.
-pub(crate) const CAPTURE_THREAD: &str = "bg_snapshot";
 /// The niceness of a capture thread, and of its reader, when nobody waits for them.
 pub(crate) const EASED_NICE: i32 = 10;
 
@@ -34,10 +33,7 @@ impl Service {
 
     /// Puts its capture thread behind ordinary ones: nobody waits for it.
     pub(crate) fn ease(&self) {
-        let mut threads = threads_of(self.process.pid, &self.vcpu_threads);
-        threads.retain(|thread| {
-            thread_name(self.process.pid, *thread).is_some_and(|name| name == CAPTURE_THREAD)
-        });
+        let threads = threads_named(self.process.pid, CAPTURE_THREAD);
         schedule_threads(&threads, Policy::Normal { nice: EASED_NICE });
     }
 

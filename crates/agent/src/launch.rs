@@ -15,6 +15,7 @@ use diorama_api::{ApiError, ErrorKind};
 use diorama_qemu::capability::Qemu;
 use diorama_qemu::command_line::{self, BootSource, Listener, MachineConfig, NicConfig, RamSource, Sockets};
 use diorama_qemu::migration::postcopy::Opening;
+use diorama_qemu::nic::{self, NicError};
 use diorama_qemu::process::{self, Policy, ProcessId, Spawned};
 use diorama_qemu::qmp::{Client, QmpError};
 use diorama_qemu::time_stamp_counter;
@@ -37,8 +38,8 @@ use crate::span::Joining;
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// How long a monitor command may take.
 pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(10);
-/// How often a NIC's socket is looked for that QEMU is about to make.
-const NIC_POLL: Duration = Duration::from_millis(1);
+/// How often QEMU is asked whether it has loaded a machine's devices.
+const LOADED_POLL: Duration = Duration::from_millis(1);
 /// How long a killed process may take to go.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
@@ -456,14 +457,10 @@ fn start(
     };
     let (mut monitor, vcpu_threads, loading) =
         connected().map_err(|error| explain(&name, &error, spawned.0.as_mut()))?;
-    let nics = nic_sockets.iter().map(|path| connect_nic(path, deadline)).collect::<Result<Vec<_>, _>>()?;
-    // The kernel accepts before QEMU does. QEMU 7.2 crashes when the guest sends before its `-netdev stream` has so
-    // much as begun to listen in its own eyes (a low-priority callback that a busy computer delays past `cont`).
-    for _ in &nics {
-        monitor
-            .wait_event(&["NETDEV_STREAM_CONNECTED"], deadline)
-            .map_err(|error| qmp_error(&name, &error))?;
-    }
+    let nics = nic::connect(&nic_sockets, &mut monitor, deadline).map_err(|error| match error {
+        NicError::Socket { path, source } => io_error(&path, &source),
+        NicError::Monitor(error) => explain(&name, &error, spawned.0.as_mut()),
+    })?;
     let spawned = spawned.0.take().expect("armed until here");
     Ok(Started { name, spawned, monitor, vcpu_threads, nics, loading })
 }
@@ -475,23 +472,6 @@ pub(crate) fn explain(name: &str, error: &QmpError, spawned: Option<&mut Spawned
             machine_error(name, spawned.explain_end(Instant::now() + KILL_LIMIT).to_string())
         }
         _ => qmp_error(name, error),
-    }
-}
-
-/// Connects a NIC. QEMU binds and listens in a thread of its own and announces it nowhere, so it is tried until then.
-fn connect_nic(path: &Path, deadline: Instant) -> Result<UnixStream, ApiError> {
-    loop {
-        match UnixStream::connect(path) {
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused
-                ) && Instant::now() < deadline =>
-            {
-                std::thread::sleep(NIC_POLL);
-            }
-            result => return result.map_err(|error| io_error(path, &error)),
-        }
     }
 }
 
@@ -547,18 +527,18 @@ fn load_devices(
         Err(error) => {
             // A QEMU that refuses the state ends, and its own words say why.
             let left = deadline.saturating_duration_since(Instant::now());
-            monitor.execute("query-status", Value::Null, left.max(NIC_POLL))?;
+            monitor.execute("query-status", Value::Null, left.max(LOADED_POLL))?;
             return Err(io(error));
         }
     };
     // The devices are loaded; what is left is QEMU's next turn of its main loop.
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let status = monitor.execute("query-status", Value::Null, left.max(NIC_POLL))?;
+        let status = monitor.execute("query-status", Value::Null, left.max(LOADED_POLL))?;
         if status["status"] != "inmigrate" {
             return Ok(loading);
         }
-        std::thread::sleep(NIC_POLL);
+        std::thread::sleep(LOADED_POLL);
     }
 }
 

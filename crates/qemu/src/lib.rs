@@ -9,6 +9,7 @@
 //! | [`command_line`] | the arguments and with them the virtual hardware's layout | no |
 //! | [`process`] | the QEMU process: start, identity, end, scheduling of its threads | yes |
 //! | [`qmp`] | the control protocol: codec (pure) and blocking client | client only |
+//! | [`nic`] | connections to network interfaces | yes |
 //! | [`migration`] | splitting a migration stream into RAM pages and a residual stream | RAM file only |
 //! | [`qcow2`] | disk images without a QEMU: what is where in one, and new ones | through its callers |
 //! | [`core_file`] | where a board has its memory, and ELF core files of it | no |
@@ -28,6 +29,7 @@ pub mod disk;
 pub mod guest_agent;
 pub mod memory;
 pub mod migration;
+pub mod nic;
 pub mod process;
 pub mod qcow2;
 pub mod qmp;

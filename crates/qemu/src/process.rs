@@ -303,10 +303,20 @@ fn duplicate(pidfd: &OwnedFd, number: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(copy as RawFd) })
 }
 
-/// What a thread of that process is called; `None` when it is not there.
-pub fn thread_name(pid: u32, thread: u32) -> Option<String> {
-    let name = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/comm")).ok()?;
-    Some(name.trim_end().to_owned())
+/// The threads of a process that are called so; none when it has ended.
+pub fn threads_named(pid: u32, name: &str) -> Vec<u32> {
+    let is_it = |thread: &u32| {
+        std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/comm"))
+            .is_ok_and(|found| found.trim_end() == name)
+    };
+    threads_of(pid, &[]).into_iter().filter(is_it).collect()
+}
+
+/// Whether a thread sleeps, so that something wakes it (`S` in proc_pid_stat(5)); `None` when it is not there.
+pub fn thread_sleeps(pid: u32, thread: u32) -> Option<bool> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/stat")).ok()?;
+    // Its name may hold anything.
+    Some(stat.rsplit_once(')')?.1.trim_start().starts_with('S'))
 }
 
 /// Sets how the kernel schedules one thread, such as a virtual CPU's (its number is in QMP `query-cpus-fast`).

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use diorama_api::{ApiError, CaptureMode, ErrorKind, MachineState};
 use diorama_qemu::command_line::{DiskFormat, DiskLayer, blockdev, format_node};
 use diorama_qemu::memory;
-use diorama_qemu::process::{Policy, threads_of};
+use diorama_qemu::migration::CAPTURE_THREAD;
+use diorama_qemu::process::{Policy, thread_sleeps, threads_named, threads_of};
 use diorama_qemu::qmp::{Client, Parts, QmpError};
 use serde_json::{Value, json};
 
@@ -17,7 +18,7 @@ use crate::Agent;
 use crate::capture::{Capture, CaptureError, Gating};
 use crate::dataplane::{Command, CutJob, CutMachine, Goal, Monitor, Resume, SegmentId, wait_until_read};
 use crate::disks::{new_layer, reconcile};
-use crate::haste::{CAPTURE_THREAD, HURRIED, Haste, Service};
+use crate::haste::{HURRIED, Haste, Service};
 use crate::keeper::Keeper;
 use crate::launch::{COMMAND_LIMIT, SocketPaths};
 use crate::memory::HostMemory;
@@ -610,14 +611,7 @@ fn wait_until_it_waits(pid: u32) {
 }
 
 fn capture_thread_sleeps(pid: u32) -> Option<bool> {
-    for entry in std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
-        let stat = std::fs::read_to_string(entry.path().join("stat")).ok()?;
-        let (name, rest) = stat.split_once('(')?.1.rsplit_once(')')?;
-        if name == CAPTURE_THREAD {
-            return Some(rest.trim_start().starts_with('S'));
-        }
-    }
-    None
+    thread_sleeps(pid, *threads_named(pid, CAPTURE_THREAD).first()?)
 }
 
 /// A capture's failure, as the user reads it.

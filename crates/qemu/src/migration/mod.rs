@@ -19,3 +19,6 @@ mod splitter;
 
 pub use ram_file::RamFile;
 pub use splitter::{PAGE_SIZE_BYTES, Sink, Splitter, StreamError, Summary};
+
+/// What QEMU calls the thread of a live capture (`bg_migration_thread`).
+pub const CAPTURE_THREAD: &str = "bg_snapshot";

@@ -6,6 +6,7 @@ use diorama_qemu::command_line::{
     arguments,
 };
 use diorama_qemu::migration::{RamFile, Splitter, Summary};
+use diorama_qemu::nic::{self, NicError};
 use diorama_qemu::process::{self, ProcessError, Spawned};
 use diorama_qemu::qmp::{Client, QmpError};
 use serde_json::{Value, json};
@@ -90,6 +91,8 @@ pub enum StartError {
     Process(#[from] ProcessError),
     #[error(transparent)]
     Qmp(#[from] QmpError),
+    #[error(transparent)]
+    Nic(#[from] NicError),
 }
 
 impl Machine {
@@ -242,7 +245,7 @@ impl Machine {
             other => other.map_err(StartError::from),
         };
         let connected = connect(&qmp_path).and_then(|mut qmp| {
-            let nic = connect_nic(&nic_socket, &mut qmp)?;
+            let nic = nic::connect(&[nic_socket], &mut qmp, soon())?.remove(0);
             Ok((qmp, connect(&qmp_cut_path)?, nic))
         });
         match connected {
@@ -328,20 +331,6 @@ impl Machine {
         self.qmp.execute("pmemsave", arguments, SECOND).expect("pmemsave");
         fs::read(to).expect("the dump")
     }
-}
-
-/// Connects a network interface, and waits until QEMU knows. QEMU 7.2 crashes when it has a frame to send before that, as when it
-/// announces itself after a restore.
-fn connect_nic(path: &Path, qmp: &mut Client) -> Result<UnixStream, QmpError> {
-    let deadline = soon();
-    let nic = loop {
-        match UnixStream::connect(path) {
-            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
-            result => break result.expect("QEMU listens"),
-        }
-    };
-    qmp.wait_event(&["NETDEV_STREAM_CONNECTED"], deadline)?;
-    Ok(nic)
 }
 
 /// `migrate-set-capabilities` arguments.
