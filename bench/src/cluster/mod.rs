@@ -437,7 +437,7 @@ fn text(findings: &Findings) -> String {
         suffered("TCP bytes checked", |suffered| suffered.tcp_bytes.to_string()),
         suffered("TCP retransmissions", |suffered| suffered.tcp_retransmits.to_string()),
         vec![
-            "of these after a snapshot was removed, until the next".to_owned(),
+            "times some were, from a removal to the next snapshot".to_owned(),
             findings.sent_again.iter().filter(|sent| sent.is_after_removal()).count().to_string(),
             String::new(),
         ],

@@ -21,23 +21,31 @@ impl ControlGroups {
     /// The folders of its group of version 2 and of those around it, from the outermost.
     pub(crate) fn unified(&self) -> Vec<PathBuf> {
         let group = self.0.lines().find_map(|line| line.strip_prefix("0::/"));
-        folders(PathBuf::from(MOUNT), group)
+        group.map_or_else(Vec::new, |group| folders(PathBuf::from(MOUNT), group))
     }
 
     /// The same of version 1, as far as it has this controller.
     pub(crate) fn with_controller(&self, controller: &str) -> Vec<PathBuf> {
-        let group = self.0.lines().find_map(|line| {
+        let group = self.group_with(controller);
+        group.map_or_else(Vec::new, |group| folders(Path::new(MOUNT).join(controller), group))
+    }
+
+    /// Whether these two controllers of version 1 have it in groups of one name.
+    pub(crate) fn is_the_same_with(&self, one: &str, other: &str) -> bool {
+        self.group_with(one) == self.group_with(other)
+    }
+
+    fn group_with(&self, controller: &str) -> Option<&str> {
+        self.0.lines().find_map(|line| {
             let (controllers, group) = line.split_once(':')?.1.split_once(":/")?;
             controllers.split(',').any(|name| name == controller).then_some(group)
-        });
-        folders(Path::new(MOUNT).join(controller), group)
+        })
     }
 }
 
 /// The root is among them: within a container, it is the container's group, and has limits. Its name may be the name outside, which is
 /// not found then.
-fn folders(mount: PathBuf, group: Option<&str>) -> Vec<PathBuf> {
-    let Some(group) = group else { return Vec::new() };
+fn folders(mount: PathBuf, group: &str) -> Vec<PathBuf> {
     let mut folders = vec![mount];
     for name in group.split('/').filter(|name| !name.is_empty()) {
         folders.push(folders[folders.len() - 1].join(name));
@@ -63,6 +71,7 @@ mod tests {
             ["/sys/fs/cgroup/cpuacct", "/sys/fs/cgroup/cpuacct/a"]
         );
         assert!(groups.with_controller("memory").is_empty());
+        assert!(groups.is_the_same_with("cpu", "cpuacct") && !groups.is_the_same_with("cpu", "memory"));
         assert_eq!(text(ControlGroups("0::/\n".to_owned()).unified()), ["/sys/fs/cgroup"]);
         assert!(ControlGroups::read("/proc/0/cgroup").unified().is_empty());
     }

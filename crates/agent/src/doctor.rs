@@ -180,19 +180,23 @@ fn may_collapse() -> bool {
 }
 
 fn processors() -> DoctorCheck {
-    let count = processors::count();
-    match processors::quota_percent() {
-        None => ok("processors", format!("{count}, without a quota")),
+    let allowed = processors::allowed();
+    match processors::quota() {
+        None => ok("processors", format!("{allowed}, and no quota that can be seen from here")),
         Some(quota) => check(
             "processors",
             CheckStatus::Warning,
             format!(
-                "a control group lets everything here have {}.{:02} of them: once that is used up, all machines stand still for up \
-                 to a tenth of a second",
-                quota / 100,
-                quota % 100,
+                "a control group lets an agent started from here, and its machines, have {}.{:02} of {allowed} processors: once that is \
+                 used up, all machines stand still for up to {} ms",
+                quota.hundredths / 100,
+                quota.hundredths % 100,
+                quota.period.as_millis(),
             ),
-            Some("give whole processors (a cpuset), or leave a good part of the quota unused".to_owned()),
+            Some(
+                "give whole processors (a cpuset) instead of the quota, or have machines use much less of it"
+                    .to_owned(),
+            ),
         ),
     }
 }

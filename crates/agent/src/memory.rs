@@ -16,13 +16,21 @@ impl HostMemory {
     /// How it is now; `None` where the kernel does not say.
     pub(crate) fn now() -> Option<Self> {
         let whole = parse_meminfo(&std::fs::read_to_string("/proc/meminfo").ok()?)?;
-        let groups = ControlGroups::of_this_process().unified();
-        Some(groups.iter().filter_map(|folder| Self::of_group(folder)).fold(whole, Self::within))
+        let groups = ControlGroups::of_this_process();
+        let unified = groups
+            .unified()
+            .into_iter()
+            .filter_map(|folder| Self::of_group(&folder, ["memory.max", "memory.current"], "inactive_file "));
+        let version_1 = groups.with_controller("memory").into_iter().filter_map(|folder| {
+            let files = ["memory.limit_in_bytes", "memory.usage_in_bytes"];
+            Self::of_group(&folder, files, "total_inactive_file ")
+        });
+        Some(unified.chain(version_1).fold(whole, Self::within))
     }
 
-    fn of_group(folder: &Path) -> Option<Self> {
+    fn of_group(folder: &Path, [max, current]: [&str; 2], cached: &str) -> Option<Self> {
         let read = |name: &str| std::fs::read_to_string(folder.join(name)).ok();
-        parse_group(&read("memory.max")?, &read("memory.current")?, &read("memory.stat")?)
+        parse_group(&read(max)?, &read(current)?, &read("memory.stat")?, cached)
     }
 
     fn within(self, limit: Self) -> Self {
@@ -39,11 +47,12 @@ fn parse_meminfo(text: &str) -> Option<HostMemory> {
     Some(HostMemory { total: field("MemTotal")?, available: field("MemAvailable")? })
 }
 
-/// A group's files, as the kernel's documentation of control groups describes them; `None`: without a limit.
-fn parse_group(max: &str, current: &str, stat: &str) -> Option<HostMemory> {
+/// A group's files, as the kernel's documentation of control groups describes them; `None`: without a limit. (In version 1 that is more
+/// than any computer has.)
+fn parse_group(max: &str, current: &str, stat: &str, cached: &str) -> Option<HostMemory> {
     let total: u64 = max.trim().parse().ok()?;
     let used: u64 = current.trim().parse().ok()?;
-    let cached = stat.lines().find_map(|line| line.strip_prefix("inactive_file "))?.trim().parse().ok()?;
+    let cached = stat.lines().find_map(|line| line.strip_prefix(cached))?.trim().parse().ok()?;
     Some(HostMemory { total, available: total.saturating_sub(used.saturating_sub(cached)) })
 }
 
@@ -66,9 +75,10 @@ mod tests {
 
     #[test]
     fn a_group_limits_it() {
-        let limited = parse_group("1000\n", "700\n", "anon 400\ninactive_file 200\n").expect("a limit");
+        let limited = parse_group("1000\n", "700\n", "anon 400\ninactive_file 200\n", "inactive_file ")
+            .expect("a limit");
         assert_eq!(limited, HostMemory { total: 1000, available: 500 });
-        assert_eq!(parse_group("max\n", "700\n", "inactive_file 200\n"), None);
+        assert_eq!(parse_group("max\n", "700\n", "inactive_file 200\n", "inactive_file "), None);
         let computer = HostMemory { total: 5000, available: 300 };
         assert_eq!(computer.within(limited), HostMemory { total: 1000, available: 300 });
     }

@@ -10,7 +10,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::processors::{self, Processors};
+use crate::processors::{Idle, Processors};
 
 /// More than can be done.
 const MOST_RATE: u64 = 400_000;
@@ -66,8 +66,6 @@ pub(crate) struct Pace {
     /// In pages a second.
     rate: u64,
     least: u64,
-    /// How many processors this computer has for us.
-    processors: u64,
     /// The pages that had come at the last look, and when that was.
     pages: u64,
     looked: Instant,
@@ -79,18 +77,16 @@ impl Pace {
     pub(crate) fn new(work: Work, memory_pages: u64, pages: u64) -> Self {
         let least = (memory_pages / LONGEST_SECONDS).clamp(LEAST_RATE, MOST_RATE);
         let now = Instant::now();
-        let processors = processors::count() as u64;
         CAPTURES.fetch_add(1, Ordering::Relaxed);
-        Self { work, rate: least, least, processors, pages, looked: now, load: Load::new(now) }
+        Self { work, rate: least, least, pages, looked: now, load: Load::new(now) }
     }
 
     /// How long the reader waits when so many pages have come in all.
     pub(crate) fn next(&mut self, pages: u64) -> Duration {
         let now = Instant::now();
-        if let Some(idle_percent) = self.load.idle_percent(now) {
-            let captures = CAPTURES.load(Ordering::Relaxed);
-            let headroom = headroom(idle_percent, self.processors, captures, self.work.page_cost());
-            self.rate = change(self.rate, self.least, idle_percent, headroom);
+        if let Some(idle) = self.load.idle(now) {
+            let headroom = headroom(idle, CAPTURES.load(Ordering::Relaxed), self.work.page_cost());
+            self.rate = change(self.rate, self.least, idle.percent(), headroom);
         }
         let worth = span(pages - self.pages, self.rate).max(LOOK_INTERVAL);
         let due = self.looked + worth;
@@ -112,8 +108,8 @@ fn span(pages: u64, rate: u64) -> Duration {
 }
 
 /// How many pages a second more each capture could take of the idle processors.
-fn headroom(idle_percent: u64, processors: u64, captures: u64, page_cost: Duration) -> u64 {
-    let spare_micros = idle_percent.saturating_sub(SPARED_PERCENT) * 10_000 * processors;
+fn headroom(idle: Idle, captures: u64, page_cost: Duration) -> u64 {
+    let spare_micros = idle.hundredths.saturating_sub(idle.of * SPARED_PERCENT / 100) * 10_000;
     spare_micros / page_cost.as_micros() as u64 / captures.max(1)
 }
 
@@ -129,24 +125,27 @@ fn change(rate: u64, least: u64, idle_percent: u64, headroom: u64) -> u64 {
     rate.clamp(least, MOST_RATE)
 }
 
-/// How much of a processor each of the threads takes that work beside running guests, one for every two processors.
+/// How much of the processors threads take together that work beside running guests.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Share {
-    /// So many quarters of that part of it that is idle, of all processors: with one quarter, the threads take an eighth of what is
-    /// idle, and with eight all of it, as others leave it.
-    pub(crate) idle_quarters: u64,
+    /// So many eighths of what is idle, their own work left out: with all eight they settle at half of what guests leave.
+    pub(crate) idle_eighths: u64,
+    /// What part of one processor each of them takes at the most.
+    pub(crate) most_percent: u64,
     /// The longest rest after a piece of work.
     pub(crate) longest_rest: Duration,
 }
 
 impl Share {
-    fn percent(self, idle_percent: u64) -> u32 {
-        (idle_percent * self.idle_quarters / 4).clamp(LEAST_SHARE_PERCENT, 100) as u32
+    /// What part of one processor each of so many threads takes.
+    fn percent(self, idle_hundredths: u64, threads: u64) -> u32 {
+        let percent = idle_hundredths.saturating_mul(self.idle_eighths) / 8 / threads.max(1);
+        percent.clamp(LEAST_SHARE_PERCENT, self.most_percent) as u32
     }
 
-    /// How long the thread rests after a piece that took so long.
-    fn rest(self, took: Duration, idle_percent: u64) -> Duration {
-        let percent = self.percent(idle_percent);
+    /// How long a thread rests after a piece that took so long.
+    fn rest(self, took: Duration, idle_hundredths: u64, threads: u64) -> Duration {
+        let percent = self.percent(idle_hundredths, threads);
         (took * (100 - percent) / percent).min(self.longest_rest)
     }
 }
@@ -155,29 +154,38 @@ impl Share {
 #[derive(Debug)]
 pub(crate) struct Breaks {
     share: Share,
+    threads: u64,
     /// When it went on after the last.
     since: Instant,
-    idle_percent: u64,
+    idle_hundredths: u64,
     load: Load,
 }
 
 impl Breaks {
-    /// The work begins; as if nothing were idle, until that is known.
-    pub(crate) fn new(share: Share) -> Self {
+    /// The work begins, of at most so many threads at a time; as if nothing were idle, until that is known.
+    pub(crate) fn new(share: Share, threads: usize) -> Self {
         let now = Instant::now();
-        Self { share, since: now, idle_percent: 0, load: Load::new(now) }
+        Self { share, threads: threads as u64, since: now, idle_hundredths: 0, load: Load::new(now) }
     }
 
     /// A short piece of it is done.
     pub(crate) fn take(&mut self) {
         let now = Instant::now();
-        self.idle_percent = self.load.idle_percent(now).unwrap_or(self.idle_percent);
-        std::thread::sleep(self.share.rest(now - self.since, self.idle_percent));
+        if let Some(idle) = self.load.idle(now) {
+            self.idle_hundredths = smooth(self.idle_hundredths, idle.hundredths);
+        }
+        std::thread::sleep(self.share.rest(now - self.since, self.idle_hundredths, self.threads));
         self.since = Instant::now();
     }
 }
 
-/// What part of the processors is idle, looked at now and then.
+/// What is idle, as threads go by that take of it: the last look counts a quarter, or they would take all of it and then nothing, in
+/// turns, as soon as they are two or belong to several agents.
+fn smooth(before: u64, now: u64) -> u64 {
+    (3 * before + now) / 4
+}
+
+/// How much of the processors is idle, looked at now and then.
 #[derive(Debug)]
 struct Load {
     looked: Instant,
@@ -190,13 +198,13 @@ impl Load {
     }
 
     /// What it was since the last look; `None` when that was just now.
-    fn idle_percent(&mut self, now: Instant) -> Option<u64> {
+    fn idle(&mut self, now: Instant) -> Option<Idle> {
         if now - self.looked < CHANGE_INTERVAL {
             return None;
         }
         self.looked = now;
         let before = std::mem::replace(&mut self.processors, Processors::now());
-        Some(self.processors.as_ref()?.idle_percent_since(&before?))
+        Some(self.processors.as_ref()?.idle_since(&before?))
     }
 }
 
@@ -206,7 +214,10 @@ mod tests {
 
     #[test]
     fn idle_processors_make_it_faster() {
-        let step = |rate, idle| change(rate, LEAST_RATE, idle, headroom(idle, 4, 2, Work::Send.page_cost()));
+        let step = |rate, percent: u64| {
+            let idle = Idle { hundredths: percent * 4, of: 400 };
+            change(rate, LEAST_RATE, idle.percent(), headroom(idle, 2, Work::Send.page_cost()))
+        };
         let mut rate = LEAST_RATE;
         for _ in 0..20 {
             rate = step(rate, 100);
@@ -223,7 +234,9 @@ mod tests {
     #[test]
     fn what_is_idle_is_not_taken_twice() {
         // Half of two processors, three captures: an eighth of what three tenths of them can do.
-        let headroom = |idle_percent, captures| headroom(idle_percent, 2, captures, Work::Send.page_cost());
+        let headroom = |percent: u64, captures| {
+            headroom(Idle { hundredths: percent * 2, of: 200 }, captures, Work::Send.page_cost())
+        };
         assert_eq!(headroom(50, 3), 33_333);
         assert_eq!(change(40_000, 10_000, 50, 33_333), 44_166);
         assert_eq!(headroom(15, 3), 0);
@@ -270,20 +283,38 @@ mod tests {
     #[test]
     fn breaks_follow_the_work() {
         let ms = Duration::from_millis;
-        let mut share = Share { idle_quarters: 1, longest_rest: ms(30) };
-        for (idle_percent, rest) in [(0, 27), (40, 27), (60, 17), (80, 12), (100, 9)] {
-            assert_eq!(share.rest(ms(3), idle_percent), ms(rest), "{idle_percent}");
+        let gentle = Share { idle_eighths: 1, most_percent: 50, longest_rest: ms(30) };
+        for (idle, threads, rest) in [(0, 1, 27), (80, 1, 27), (120, 1, 17), (120, 2, 27), (1600, 2, 3)] {
+            assert_eq!(gentle.rest(ms(3), idle, threads), ms(rest), "{idle}");
         }
         // A piece that took long had to wait for something itself.
-        assert_eq!(share.rest(ms(3_600_000), 100), ms(30));
-        share.idle_quarters = 8;
-        for (idle_percent, rest) in [(0, 27), (5, 27), (10, 12), (25, 3), (50, 0), (100, 0)] {
-            assert_eq!(share.rest(ms(3), idle_percent), ms(rest), "{idle_percent}");
+        assert_eq!(gentle.rest(ms(3_600_000), 1600, 1), ms(30));
+        let share = Share { idle_eighths: 8, most_percent: 100, ..gentle };
+        for (idle, threads, rest) in [(0, 1, 27), (10, 1, 27), (50, 1, 3), (50, 2, 9), (400, 4, 0)] {
+            assert_eq!(share.rest(ms(3), idle, threads), ms(rest), "{idle}");
         }
-        let mut breaks = Breaks::new(share);
+        let mut breaks = Breaks::new(share, 1);
+        breaks.load.looked += Duration::from_secs(3600);
         breaks.since -= ms(5);
         let began = Instant::now();
         breaks.take();
         assert!(began.elapsed() >= ms(30) && breaks.since >= began + ms(30));
+    }
+
+    #[test]
+    fn threads_of_several_agents_settle() {
+        let share = Share { idle_eighths: 8, most_percent: 100, longest_rest: Duration::ZERO };
+        // Guests leave 1.2 of two processors; each agent has one thread.
+        for (agents, settled) in [(1, 60), (3, 30)] {
+            let mut seen = 0;
+            let idle = (0..40)
+                .map(|_| {
+                    let idle = 120_u64.saturating_sub(agents * u64::from(share.percent(seen, 1)));
+                    seen = smooth(seen, idle);
+                    idle
+                })
+                .last();
+            assert!(idle.is_some_and(|idle| idle.abs_diff(settled) <= 10), "{agents}: {idle:?}");
+        }
     }
 }

@@ -33,7 +33,7 @@ pub enum NicError {
 /// that it knows.
 ///
 /// # Errors
-/// At the deadline, or when QEMU has ended.
+/// When a socket does not take a connection by the deadline, also since QEMU has ended; and what the monitor says.
 pub fn connect(
     sockets: &[PathBuf],
     monitor: &mut Client,

@@ -34,7 +34,8 @@ use crate::slot::Slot;
 /// The niceness of storing: guests go first.
 const STORE_NICE: i32 = 10;
 /// What storing takes. A piece that took long had to wait for something itself.
-const STORE_SHARE: Share = Share { idle_quarters: 8, longest_rest: Duration::from_millis(20) };
+const STORE_SHARE: Share =
+    Share { idle_eighths: 8, most_percent: 100, longest_rest: Duration::from_millis(20) };
 
 impl Attempt<'_> {
     /// Puts the frames in flight into the store and says how they add up.
@@ -303,7 +304,7 @@ impl Job<'_> {
         let _turn = self.turns.take();
         self.operation.check()?;
         let ram = File::open(&ram_path).map_err(|error| io_error(&ram_path, &error))?;
-        let mut breaks = self.beside_guests.then(|| Breaks::new(STORE_SHARE));
+        let mut breaks = self.beside_guests.then(|| Breaks::new(STORE_SHARE, self.turns.count()));
         let ram = self
             .writer
             .put_ram(&machine.name, &ram, spec.memory_bytes, &mut |done, total| {

@@ -41,7 +41,8 @@ const SETUP_LOCKED_SINCE: (u64, u64, u64) = (9, 0, 0);
 /// suspended for bg_migration"); before, it always ran.
 const LEFT_AS_FOUND_SINCE: (u64, u64, u64) = (8, 2, 50);
 /// What putting memory into huge pages takes. These threads are real-time ones, which guests wait for.
-const COLLAPSE_SHARE: Share = Share { idle_quarters: 1, longest_rest: Duration::from_millis(200) };
+const COLLAPSE_SHARE: Share =
+    Share { idle_eighths: 1, most_percent: 50, longest_rest: Duration::from_millis(200) };
 /// How long it may take to read all memory once. Past this the pause is longer, and nothing worse.
 const READ_BOUND: Duration = Duration::from_secs(10);
 const READ_POLL: Duration = Duration::from_millis(1);
@@ -160,7 +161,7 @@ impl Attempt<'_> {
             self.keeper = Some(keeper);
         }
         let keeper = self.keeper.as_ref();
-        let turns = Turns::new(threads_beside(true));
+        let turns = Turns::new(threads_beside(true).min(plans.len()));
         let turns = &turns;
         let results: Vec<(usize, Prepared)> = std::thread::scope(|scope| {
             let preparations: Vec<_> = plans
@@ -518,7 +519,7 @@ fn fill(
     monitor.send_fd(theirs.as_fd(), CAPTURE_FD, COMMAND_LIMIT).map_err(failed)?;
     drop(theirs);
     if live {
-        collapse(plan);
+        collapse(plan, turns.count());
     }
     drop(turn);
     if live
@@ -579,14 +580,14 @@ fn prepare_disk(
 
 /// Puts the machine's memory into huge pages, which takes most of the pause away; where that cannot be, the pause is
 /// longer, and nothing worse.
-fn collapse(plan: &Plan) {
+fn collapse(plan: &Plan, threads: usize) {
     if !plan.collapse {
         tracing::debug!(machine = plan.name, "too little memory is free for huge pages");
         return;
     }
     // Whoever waits for a processor with a huge page half done has the machine's page faults wait, too.
     schedule_this_thread(HURRIED, "it has a guest's page faults wait");
-    let mut breaks = Breaks::new(COLLAPSE_SHARE);
+    let mut breaks = Breaks::new(COLLAPSE_SHARE, threads);
     let collapsed = memory::collapse(plan.service.process, plan.memory_bytes, || breaks.take());
     schedule_this_thread(Policy::Normal { nice: 0 }, "preparing");
     if let Err(error) = collapsed {

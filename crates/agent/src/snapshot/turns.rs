@@ -11,6 +11,7 @@ pub(super) fn threads_beside(machines_run: bool) -> usize {
 
 /// Lets so many threads go on at a time.
 pub(super) struct Turns {
+    count: usize,
     left: Mutex<usize>,
     ended: Condvar,
 }
@@ -20,7 +21,12 @@ pub(super) struct Turn<'a>(&'a Turns);
 
 impl Turns {
     pub(super) fn new(count: usize) -> Self {
-        Self { left: Mutex::new(count), ended: Condvar::new() }
+        Self { count, left: Mutex::new(count), ended: Condvar::new() }
+    }
+
+    /// How many go on at a time.
+    pub(super) fn count(&self) -> usize {
+        self.count
     }
 
     /// Waits for a turn.
