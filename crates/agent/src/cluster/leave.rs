@@ -173,9 +173,10 @@ impl Agent {
             let _ = task.await;
         }
         self.plane.call(|plane| plane.close_wire());
+        // Whoever hears that this host is in no cluster finds nothing of it, either.
+        let forgotten = forget_credentials(&folder, keeps_authority);
         *self.cluster.write().unwrap_or_else(PoisonError::into_inner) = None;
-        forget_credentials(&folder, keeps_authority)?;
-        Ok(machines)
+        forgotten.map(|()| machines)
     }
 
     /// Stops what this host has of the cluster's environments. What it has of its own stays.
