@@ -19,9 +19,7 @@ pub(crate) fn count() -> usize {
 
 /// How many there are that this process may run on, whatever its quota.
 pub(crate) fn allowed() -> usize {
-    own().map_or_else(count, |own| {
-        (0..CpuSet::count()).filter(|number| own.is_set(*number) == Ok(true)).count()
-    })
+    own().map_or_else(count, |own| own.len())
 }
 
 /// The smallest quota that a control group gives this process, if it is less than the processors that it may run on.
@@ -72,9 +70,10 @@ impl Processors {
     }
 }
 
-/// Those that this process may run on; `None` where the kernel has more than a set can hold.
-fn own() -> Option<CpuSet> {
-    sched_getaffinity(Pid::this()).ok()
+/// The numbers of those that this process may run on; `None` where the kernel has more than a set can hold.
+fn own() -> Option<Vec<usize>> {
+    let own = sched_getaffinity(Pid::this()).ok()?;
+    Some((0..CpuSet::count()).filter(|number| own.is_set(*number) == Ok(true)).collect())
 }
 
 /// What the processors have done since the computer started, in the kernel's ticks: those that this process may run on.
@@ -90,9 +89,10 @@ impl Ticks {
         let text = std::fs::read_to_string("/proc/stat").ok()?;
         let all = || Self::parse(&text, |_| true);
         let Some(own) = own() else { return all() };
-        let is_own = |number| own.is_set(number) == Ok(true);
         // Where a container sees its own processors alone, under other numbers (lxcfs), these are all that there are.
-        Self::parse(&text, is_own).filter(|found| found.processors == allowed() as u64).or_else(all)
+        Self::parse(&text, |number| own.binary_search(&number).is_ok())
+            .filter(|found| found.processors == own.len() as u64)
+            .or_else(all)
     }
 
     /// See proc_stat(5).
